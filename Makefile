@@ -1,0 +1,25 @@
+# `make check` is everything a change must pass. `make format-fix` mends what a tool can mend.
+PYTHON ?= python
+
+.PHONY: check format format-fix lint types tests docs
+
+check: format lint types tests docs
+
+format:
+	$(PYTHON) -m ruff format --check .
+
+format-fix:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+lint:
+	$(PYTHON) -m ruff check .
+
+types:
+	$(PYTHON) -m mypy
+
+tests:
+	$(PYTHON) -m pytest --ignore=tests/test_docs.py
+
+docs:
+	$(PYTHON) -m pytest tests/test_docs.py

@@ -1,0 +1,1 @@
+"""Complete programs built on gatedprune; installed as `gatedprune.examples` and run with `python -m`."""
