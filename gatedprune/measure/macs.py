@@ -1,0 +1,234 @@
+"""Multiply-accumulates (MACs) that a forward pass really executes, per sample.
+
+thop visits the layers; PyTorch's own flop counter watches the operators. Either misses something: thop looks layers up
+by exact type and sees no functional operator (a matrix product in attention, `F.conv2d` in a custom forward), the flop
+counter knows no layers. So layers are counted by thop with rules of our own, what runs outside of them by the flop
+counter, and wherever the two saw the same layer and disagree, the result says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..gates import Gate
+from ..sites.capture import evaluating
+from .inputs import as_arguments, first_tensor
+
+__all__ = ["MacCount", "count_macs", "count_parameters", "flop_counter_macs"]
+
+MAX_NOTES = 5  # layers named in the notes before "… and n more"
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """MACs of one forward pass, per sample: convolutions, linear layers, matrix products and gates' predictors.
+
+    Norms, activations, pooling, additions and up-sampling count zero, biases too.
+
+    Args:
+        total: Everything below together: layers + predictors + functional.
+        layers: Module path → MACs of each convolution and linear layer, predictors left out.
+        predictors: MACs of the gates' saliency predictors.
+        functional: MACs of convolutions and matrix products that ran outside of any such layer, attention for one;
+            thop alone would miss them.
+        operators: The same forward pass as `torch.utils.flop_counter` sees it, operator by operator: the cross-check.
+        notes: Where the layer rules and the flop counter disagree, and what else to know; empty when all is plain.
+    """
+
+    total: int
+    layers: dict[str, int]
+    predictors: int
+    functional: int
+    operators: int
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return f"{format_macs(self.total)} per sample, {format_macs(self.predictors)} of them in predictors"
+
+
+def format_macs(macs: float) -> str:
+    """MACs with a unit: ``4.09 GMACs``."""
+    for unit, size in (("GMACs", 1e9), ("MMACs", 1e6), ("kMACs", 1e3)):
+        if macs >= size:
+            return f"{macs / size:.3g} {unit}" if macs < 1e3 * size else f"{macs / size:.0f} {unit}"
+    return f"{macs:.0f} MACs"
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in the model's parameters, each shared tensor once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> MacCount:
+    """Count what ``model(*inputs)`` executes in eval mode, per sample.
+
+    The masked model that `wrap` returns computes every channel and then throws some away, so it counts as the dense
+    model plus its predictors. `compact` it first to see what gating saves.
+
+    Args:
+        model: Any module; works on a copy, and leaves the model and its state dict as they are.
+        inputs: A tensor (B, …), or a tuple of the model's arguments.
+
+    Raises:
+        DataError: The inputs hold no tensor with a batch dimension.
+        ImportError: thop is not installed (`pip install gatedprune[compare]`).
+    """
+    thop = _thop()
+    arguments = as_arguments(inputs, "count_macs()")
+    batch = first_tensor(arguments).shape[0]
+    model = copy.deepcopy(model)  # thop leaves buffers in what it profiles
+    with FlopCounterMode(display=False) as operators:
+        ledger = _Ledger(model, operators)
+        thop.profile(model, arguments, custom_ops=ledger.custom_ops(), verbose=False)
+    everything = operators.get_total_flops() // 2
+    functional = everything - ledger.inside
+    predictors = sum(ledger.by_rule[path] for path in ledger.predictors)
+    layers = {path: macs for path, macs in ledger.by_rule.items() if path not in ledger.predictors}
+    return MacCount(
+        total=_each(sum(layers.values()) + predictors + functional, batch),
+        layers={path: _each(macs, batch) for path, macs in layers.items()},
+        predictors=_each(predictors, batch),
+        functional=_each(functional, batch),
+        operators=_each(everything, batch),
+        notes=_notes(ledger, functional, batch),
+    )
+
+
+def flop_counter_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> int:
+    """MACs per sample by `torch.utils.flop_counter` alone (its FLOPs / 2), in eval mode.
+
+    Raises:
+        DataError: The inputs hold no tensor with a batch dimension.
+    """
+    arguments = as_arguments(inputs, "flop_counter_macs()")
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as operators:
+        model(*arguments)
+    return _each(operators.get_total_flops() // 2, first_tensor(arguments).shape[0])
+
+
+class _Ledger:
+    """What each layer costs by its rule, and what the flop counter saw while it ran.
+
+    Keeps its own books, not thop's: thop hooks a module twice that hangs in two places of a model.
+    """
+
+    def __init__(self, model: nn.Module, operators: FlopCounterMode) -> None:
+        self.operators = operators
+        self.paths: dict[nn.Module, str] = {}
+        self.by_rule: dict[str, int] = {}
+        self.by_operators: dict[str, int] = {}
+        self.predictors: set[str] = set()
+        self.inside = 0  # MACs the flop counter saw inside any counted layer
+        self._entered: dict[nn.Module, int] = {}
+        self._rules: dict[type, Rule | None] = {type(module): _rule_for(module) for module in model.modules()}
+        for path, module in model.named_modules():
+            if self._rules[type(module)] is not None:
+                self.paths[module] = path
+                if isinstance(module, PREDICTORS):
+                    self.predictors.add(path)
+                self.by_rule[path] = self.by_operators[path] = 0
+                module.register_forward_pre_hook(self._enter)
+
+    def custom_ops(self) -> dict[type, Callable[..., None]]:
+        """A rule for each type in the model; thop's own would count norms, activations and pooling too."""
+        return {kind: _count_nothing if rule is None else self._leave for kind, rule in self._rules.items()}
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        self._entered[module] = self.operators.get_total_flops()
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        before = self._entered.pop(module, None)
+        rule = self._rules[type(module)]
+        if before is None or rule is None:  # the second of thop's two hooks on one module
+            return
+        path = self.paths[module]
+        macs = rule(module, inputs, output)
+        module.total_ops += macs
+        self.by_rule[path] += macs
+        seen = (self.operators.get_total_flops() - before) // 2
+        self.by_operators[path] += seen
+        if not self._entered:  # a layer inside a counted layer is part of that one
+            self.inside += seen
+
+
+Rule = Callable[[Any, Any, Any], int]
+
+
+def _count_nothing(module: nn.Module, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _convolution(module: _ConvNd, inputs: tuple[Tensor], output: Tensor) -> int:
+    if isinstance(module, _ConvTransposeNd):  # every input value meets each weight of its group once
+        return inputs[0].numel() * math.prod(module.weight.shape[1:])
+    return output.numel() * math.prod(module.weight.shape[1:])
+
+
+def _linear(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> int:
+    return output.numel() * module.in_features
+
+
+def _gate(module: Gate, inputs: tuple[Tensor], output: Any) -> int:
+    return inputs[0].shape[0] * module.in_channels * module.channels
+
+
+RULES: tuple[tuple[type, Rule], ...] = (
+    (Gate, _gate),
+    (_ConvNd, _convolution),
+    (nn.Linear, _linear),
+)
+PREDICTORS: tuple[type, ...] = (Gate,)
+
+
+def _rule_for(module: nn.Module) -> Rule | None:
+    return next((rule for kind, rule in RULES if isinstance(module, kind)), None)
+
+
+def _notes(ledger: _Ledger, functional: int, batch: int) -> tuple[str, ...]:
+    notes = []
+    if functional:
+        notes.append(
+            f"{format_macs(functional / batch)} per sample run outside of convolution and linear layers "
+            "(attention, functional operators): counted by torch.utils.flop_counter, thop alone would miss them."
+        )
+    differing = [path for path, macs in ledger.by_rule.items() if macs != ledger.by_operators[path]]
+    for path in differing[:MAX_NOTES]:
+        notes.append(
+            f"{path}: {ledger.by_rule[path] // batch} MACs by the layer's rule, "
+            f"{ledger.by_operators[path] // batch} by torch.utils.flop_counter."
+        )
+    if len(differing) > MAX_NOTES:
+        notes.append(f"… and {len(differing) - MAX_NOTES} more layers on which the two disagree.")
+    return tuple(notes)
+
+
+def _each(total: int, batch: int) -> int:
+    return round(total / batch)
+
+
+def _thop() -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # thop imports distutils
+            import thop
+    except ImportError as error:
+        raise ImportError(
+            "count_macs() needs thop, which is not installed: pip install 'gatedprune[compare]'"
+        ) from error
+    return thop

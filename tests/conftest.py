@@ -1,0 +1,54 @@
+"""What all tests share: seeds, the hypothesis profile, the folder of real data, poisoned memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Shared machines stall now and then; a deadline would turn that into a failure that says nothing about the code.
+settings.register_profile("gatedprune", deadline=None, print_blob=True)
+settings.load_profile("gatedprune")
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Start every test from the same random state, so that a failure comes back when it is run alone."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's root folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the project; without it the test is skipped, naming the folder."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real data: the folder ../shared/data (seen from the project's root) is missing")
+    return folder
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty returns NaN (and the largest integer) inside the test: unwritten memory cannot pass as zeros."""
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = was_filling
+    torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warn_only)
