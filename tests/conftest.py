@@ -13,7 +13,8 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Shared machines stall now and then; a deadline would turn that into a failure that says nothing about the code.
+# Shared machines stall now and then; a deadline would turn that into a failure that says nothing about the
+# code.
 settings.register_profile("gatedprune", deadline=None, print_blob=True)
 settings.load_profile("gatedprune")
 
@@ -43,7 +44,7 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty returns NaN (and the largest integer) inside the test: unwritten memory cannot pass as zeros."""
+    """torch.empty returns NaN inside the test: memory nobody wrote cannot pass as zeros."""
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     was_filling = torch.utils.deterministic.fill_uninitialized_memory

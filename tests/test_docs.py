@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-# Folders of particular machines: a home, a checkout, a virtual environment. Written so as not to match itself.
+# Folders of particular machines: a home, a checkout, a virtual environment. Written so as not to match
+# itself.
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:wor[k]|opt/g[p]|hom[e]|roo[t]|User[s])/|bash_job[s]|[.]librar[y]/")
 TEXT_SUFFIXES = {".py", ".md", ".cfg", ".toml", ".txt", ".yml", ".json", ".csv", ".sh", ".svg", ""}
 
@@ -27,7 +28,9 @@ def tracked_files() -> list[Path]:
     return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if FENCE.search(page.read_text())], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if FENCE.search(page.read_text())], ids=lambda p: p.name
+)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 
 # The library from the ground up; a module may import from those before it. A new module takes its place here.
 ORDER = (
-    "_version", "errors", "config", "functional", "gates", "sites", "wrapping", "engine", "measure", "training",
-    "compare", "export", "io", "testing", "cli",
+    "_version", "errors", "config", "functional", "gates", "sites", "wrapping", "engine", "measure",
+    "training", "compare", "export", "io", "testing", "cli",
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def is_public(name: str) -> bool:
-    """Is the dotted `name` under gatedprune something that its `__all__`, or that of a module in it, promises?"""
+    """Does the `__all__` of gatedprune, or of a module in it, promise the dotted `name`?"""
     parts = name.split(".")
     if len(parts) == 1:
         return True

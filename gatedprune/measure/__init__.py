@@ -1,4 +1,4 @@
-"""What a model costs: multiply-accumulates that are really executed, latency by one timer, and the machine."""
+"""What a model costs: multiply-accumulates that are really executed, latency by one timer, the machine."""
 
 from .environment import Environment, environment
 from .latency import Latency, measure_latency

@@ -30,8 +30,8 @@ class Environment:
         cores: CPU cores this process may use.
         threads: Threads PyTorch uses for one operator.
         accelerator: Name of the GPU, or None.
-        commit: Commit of the gatedprune checkout the code runs from, with "+" after it where tracked files were
-            changed; None outside a checkout.
+        commit: Commit of the gatedprune checkout the code runs from, with "+" after it where tracked files
+            were changed; None outside a checkout.
     """
 
     python: str

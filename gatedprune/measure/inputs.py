@@ -1,4 +1,4 @@
-"""The inputs of a measurement: positional arguments, of which the first tensor tells batch size and device."""
+"""The inputs of a measurement: positional arguments, whose first tensor tells batch size and device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def as_arguments(inputs: Any, where: str) -> tuple[Any, ...]:
     arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if not any(isinstance(argument, Tensor) for argument in arguments):
         raise DataError(
-            f"The inputs of {where} must be a tensor such as torch.zeros(1, 3, 224, 224), or a tuple of the model's "
-            f"arguments with a tensor among them. Got {type(inputs).__name__}."
+            f"The inputs of {where} must be a tensor such as torch.zeros(1, 3, 224, 224), or a tuple of "
+            f"the model's arguments with a tensor among them. Got {type(inputs).__name__}."
         )
     tensor = first_tensor(arguments)
     if tensor.dim() == 0 or tensor.shape[0] == 0:

@@ -1,4 +1,4 @@
-"""The one timer: every latency in this project comes from here, and models to be compared are timed together."""
+"""The one timer: all latencies come from here, and models to be compared are timed together."""
 
 from __future__ import annotations
 
@@ -102,13 +102,15 @@ def _check(models: Mapping[str, Any], threads: int | None, warmup: int, repeats:
     if not isinstance(models, Mapping) or not models:
         raise ConfigError(
             "`models` of measure_latency() must be a non-empty dict of names and models, "
-            f"such as {{'dense': model}}. Got {models if isinstance(models, Mapping) else type(models).__name__}."
+            f"such as {{'dense': model}}. Got {type(models).__name__ if models else models!r}."
         )
     for name, value, least in (("threads", threads, 1), ("warmup", warmup, 0), ("repeats", repeats, 1)):
         if name == "threads" and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"`{name}` of measure_latency() must be an integer of at least {least}. Got {value!r}.")
+            raise ConfigError(
+                f"`{name}` of measure_latency() must be an integer of at least {least}. Got {value!r}."
+            )
 
 
 def _time_once(model: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device) -> float:

@@ -1,9 +1,9 @@
 """Multiply-accumulates (MACs) that a forward pass really executes, per sample.
 
-thop visits the layers; PyTorch's own flop counter watches the operators. Either misses something: thop looks layers up
-by exact type and sees no functional operator (a matrix product in attention, `F.conv2d` in a custom forward), the flop
-counter knows no layers. So layers are counted by thop with rules of our own, what runs outside of them by the flop
-counter, and wherever the two saw the same layer and disagree, the result says so.
+thop visits the layers; PyTorch's own flop counter watches the operators. Either misses something: thop looks
+layers up by exact type and sees no functional operator (a matrix product in attention, `F.conv2d` in a custom
+forward), the flop counter knows no layers. So layers are counted by thop with rules of our own, what runs
+outside of them by the flop counter, and wherever the two saw the same layer and disagree, the result says so.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ MAX_NOTES = 5  # layers named in the notes before "… and n more"
 
 @dataclass(frozen=True)
 class MacCount:
-    """MACs of one forward pass, per sample: convolutions, linear layers, matrix products and gates' predictors.
+    """MACs of one forward pass, per sample: convolutions, linear layers, matrix products and gates'
+    predictors.
 
     Norms, activations, pooling, additions and up-sampling count zero, biases too.
 
@@ -41,10 +42,12 @@ class MacCount:
         total: Everything below together: layers + predictors + functional.
         layers: Module path → MACs of each convolution and linear layer, predictors left out.
         predictors: MACs of the gates' saliency predictors.
-        functional: MACs of convolutions and matrix products that ran outside of any such layer, attention for one;
-            thop alone would miss them.
-        operators: The same forward pass as `torch.utils.flop_counter` sees it, operator by operator: the cross-check.
-        notes: Where the layer rules and the flop counter disagree, and what else to know; empty when all is plain.
+        functional: MACs of convolutions and matrix products that ran outside of any such layer, attention for
+            one; thop alone would miss them.
+        operators: The same forward pass as `torch.utils.flop_counter` sees it, operator by operator: the
+            cross-check.
+        notes: Where the layer rules and the flop counter disagree, and what else to know; empty when all is
+            plain.
     """
 
     total: int
@@ -78,8 +81,8 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> MacCount:
     """Count what ``model(*inputs)`` executes in eval mode, per sample.
 
-    The masked model that `wrap` returns computes every channel and then throws some away, so it counts as the dense
-    model plus its predictors. `compact` it first to see what gating saves.
+    The masked model that `wrap` returns computes every channel and then throws some away, so it counts as the
+    dense model plus its predictors. `compact` it first to see what gating saves.
 
     Args:
         model: Any module; works on a copy, and leaves the model and its state dict as they are.
@@ -205,7 +208,7 @@ def _notes(ledger: _Ledger, functional: int, batch: int) -> tuple[str, ...]:
     if functional:
         notes.append(
             f"{format_macs(functional / batch)} per sample run outside of convolution and linear layers "
-            "(attention, functional operators): counted by torch.utils.flop_counter, thop alone would miss them."
+            "(attention, functional operators): counted by torch.utils.flop_counter, thop alone misses them."
         )
     differing = [path for path, macs in ledger.by_rule.items() if macs != ledger.by_operators[path]]
     for path in differing[:MAX_NOTES]:

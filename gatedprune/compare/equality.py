@@ -1,0 +1,142 @@
+"""Does the compact model compute what the masked reference computes? Asked before anything is timed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import compact
+from ..errors import ModelError
+from ..sites.capture import evaluating
+
+__all__ = ["Equality", "check_equality"]
+
+# Both paths in float64 differ by rounding only, in another order of summation: 2⁻⁵³ ≈ 1e-16 a step, a few
+# thousand terms a sum, some hundred layers. A wrong channel is off by the size of the output itself.
+LOGIC_TOLERANCE = 1e-9
+# In the model's own precision the fast path may be off by as much again as plain PyTorch is.
+ROUNDING_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Equality:
+    """How far compact and masked outputs are apart; differences relative to the largest masked output.
+
+    Args:
+        float64: Largest difference when both run in float64: the logic.
+        native: Largest difference when both run in the model's own precision.
+        native_compact: Root mean square error of the compact model against the float64 reference.
+        native_masked: The same of the masked model: what plain PyTorch loses by rounding.
+        same_channels: Whether both chose the same channels in the model's own precision. Where two saliencies
+            are equal up to rounding they may not, and then the differences in that precision say nothing
+            about the engine.
+    """
+
+    float64: float
+    native: float
+    native_compact: float
+    native_masked: float
+    same_channels: bool
+
+    @property
+    def green(self) -> bool:
+        """Whether the two agree, as far as their precision allows."""
+        rounding = self.native_compact <= ROUNDING_FACTOR * self.native_masked + LOGIC_TOLERANCE
+        return self.float64 <= LOGIC_TOLERANCE and (rounding or not self.same_channels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {**dataclasses.asdict(self), "green": self.green}
+
+
+def check_equality(gated: nn.Module, fast: nn.Module, inputs: tuple[Any, ...]) -> Equality:
+    """Compare the compact model with the masked one on `inputs`, in float64 and in the model's precision.
+
+    Args:
+        gated: The masked model, from `wrap`.
+        fast: `compact(gated)`: the very model that is to be timed.
+        inputs: Positional arguments.
+
+    Raises:
+        ModelError: They do not agree.
+    """
+    exact_gated = copy.deepcopy(gated).double()
+    exact_inputs = tuple(_double(value) for value in inputs)
+    with torch.no_grad():
+        reference = _outputs(exact_gated, exact_inputs)
+        exact = _outputs(compact(exact_gated, exact_inputs), exact_inputs)
+        masked = _outputs(gated, inputs)
+        chosen = {name: gate.last_active for name, gate in gated.gates.items()}
+        compacted = _outputs(fast, inputs)
+    scale = max((float(value.abs().max()) for value in reference if value.numel()), default=0.0) or 1.0
+    found = Equality(
+        float64=_largest(exact, reference) / scale,
+        native=_largest(compacted, masked) / scale,
+        native_compact=_rms(compacted, reference) / scale,
+        native_masked=_rms(masked, reference) / scale,
+        same_channels=_same_channels(chosen, fast.last_active),
+    )
+    if not found.green:
+        raise ModelError(
+            "The compact model does not compute what the gated model computes, so it was not timed: relative "
+            f"difference {found.float64:.1e} in float64 (at most {LOGIC_TOLERANCE:.0e}); in the model's precision, "
+            f"error {found.native_compact:.1e} against {found.native_masked:.1e} of the masked model. "
+            "Please report this."
+        )
+    return found
+
+
+def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    with evaluating(model):
+        return [value.double() for value in _tensors(model(*inputs))]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _largest(found: list[Tensor], wanted: list[Tensor]) -> float:
+    return max(
+        (_finite(float((a - b).abs().max())) for a, b in _pairs(found, wanted) if a.numel()), default=0.0
+    )
+
+
+def _rms(found: list[Tensor], wanted: list[Tensor]) -> float:
+    return max(
+        (_finite(float((a - b).square().mean().sqrt())) for a, b in _pairs(found, wanted) if a.numel()),
+        default=0.0,
+    )
+
+
+def _pairs(found: list[Tensor], wanted: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    shapes = [[tuple(value.shape) for value in values] for values in (found, wanted)]
+    if shapes[0] != shapes[1] or not shapes[0]:
+        raise ModelError(
+            f"The compact model returns tensors of shapes {shapes[0]}, the gated model {shapes[1]}."
+        )
+    return list(zip(found, wanted, strict=True))
+
+
+def _finite(difference: float) -> float:
+    return difference if difference == difference else float("inf")  # NaN must not pass as small
+
+
+def _same_channels(chosen: Mapping[str, Tensor | None], others: Mapping[str, Tensor | None]) -> bool:
+    return all(
+        chosen[name] is not None and others.get(name) is not None and torch.equal(chosen[name], others[name])
+        for name in chosen
+    )
