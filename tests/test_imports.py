@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,20 @@ def source_files(root: Path, folder: str, package: str) -> dict[str, Path]:
     return {module_name(file, root / folder, package): file for file in sorted((root / folder).rglob("*.py"))}
 
 
+def executed_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING:`, which names types and imports nothing."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        yield from executed_nodes(child)
+
+
 def imported_names(file: Path, module: str) -> set[str]:
     """Absolute dotted names that `file` imports, wherever in the file; `from a import b` gives `a.b`."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in executed_nodes(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

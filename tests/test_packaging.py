@@ -74,7 +74,7 @@ def test_wheel_holds_the_library_and_no_tests(root: Path, monkeypatch: pytest.Mo
         "setuptools", reason="needs setuptools to read its own view of setup.cfg"
     )
     monkeypatch.chdir(root)
-    distribution = setuptools.dist.Distribution()
+    distribution = setuptools.dist.Distribution({"script_name": "setup.py"})
     distribution.parse_config_files(["setup.cfg"])
     build = distribution.get_command_obj("build_py")
     build.build_lib = "out"

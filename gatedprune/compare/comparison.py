@@ -139,8 +139,8 @@ class Comparison:
         return [
             f"MACs per sample; ms a batch of {latency.batch}, median of {latency.repeats}, input {shapes}, "
             f"{machine}{threads}, torch {self.environment.packages['torch']}",
-            f"{len(self.active)} sites keep {kept} of {channels} channels: static the same for all inputs, dynamic "
-            f"chosen for each; compact equals masked to {self.equality.float64:.0e} (float64)",
+            f"{len(self.active)} sites keep {kept} of {channels} channels: static the same for all inputs, "
+            f"dynamic chosen for each; compact equals masked to {self.equality.float64:.0e} (float64)",
         ]
 
 

@@ -84,10 +84,10 @@ def check_equality(gated: nn.Module, fast: nn.Module, inputs: tuple[Any, ...]) -
     )
     if not found.green:
         raise ModelError(
-            "The compact model does not compute what the gated model computes, so it was not timed: relative "
-            f"difference {found.float64:.1e} in float64 (at most {LOGIC_TOLERANCE:.0e}); in the model's precision, "
-            f"error {found.native_compact:.1e} against {found.native_masked:.1e} of the masked model. "
-            "Please report this."
+            "The compact model does not compute what the gated model computes, so it was not timed. "
+            f"Relative difference in float64: {found.float64:.1e} (at most {LOGIC_TOLERANCE:.0e}). Error in the "
+            f"model's precision: {found.native_compact:.1e}; of the masked model: {found.native_masked:.1e}. "
+            "Please report this with the model's name."
         )
     return found
 
