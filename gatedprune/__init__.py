@@ -1,0 +1,45 @@
+"""Dynamic channel pruning for the timm model zoo: every input decides which channels are computed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .config import GateConfig
+from .errors import GatedPruneError
+from .sites import Site, SiteReport, find_sites
+from .wrapping import is_gated, unwrap, wrap
+
+if TYPE_CHECKING:
+    from .compare import compare, prune_static
+    from .engine import compact
+    from .measure import count_macs, measure_latency
+
+__all__ = [
+    "GateConfig",
+    "GatedPruneError",
+    "Site",
+    "SiteReport",
+    "__version__",
+    "compact",
+    "compare",
+    "count_macs",
+    "find_sites",
+    "is_gated",
+    "measure_latency",
+    "prune_static",
+    "unwrap",
+    "wrap",
+]
+
+# Loaded when first asked for: torch-pruning and thop, which these need, are optional.
+_LAZY = {"compact": "engine", "compare": "compare", "count_macs": "measure", "measure_latency": "measure", "prune_static": "compare"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value  # also where a subpackage of the same name (compare) was bound by its import
+    return value

@@ -1,0 +1,124 @@
+"""What a user may ask of gating: one frozen, validated configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from numbers import Integral, Real
+from typing import Any
+
+from .errors import ConfigError
+
+__all__ = ["GateConfig", "check_ratio", "matches"]
+
+
+def check_ratio(value: Any, where: str = "wrap()") -> float:
+    """Return ``value`` as a float, or raise `ConfigError` unless it is a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) < 1.0:
+        raise ConfigError(f"The `ratio` of {where} must be a float in [0, 1). Got {value!r}.")
+    return float(value)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a site name fits a shell pattern; a pattern without wildcards also takes everything below it."""
+    return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def _patterns(value: Any, name: str) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = (value,)
+    try:
+        out = tuple(value)
+    except TypeError:
+        out = (None,)  # falls through to the error below
+    if not all(isinstance(p, str) and p for p in out):
+        raise ConfigError(f"`{name}` must be a name pattern or a sequence of them (strings). Got {value!r}.")
+    return out
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Options of `gatedprune.wrap`.
+
+    Args:
+        ratio: Share of each site's channels that is suppressed, in [0, 1): a number, or a mapping from site name
+            patterns to numbers (the first pattern that fits wins; sites that no pattern fits stay ungated).
+        include: Gate only the sites whose name fits one of these shell patterns (empty: all).
+        exclude: Never gate the sites whose name fits one of these.
+        round_to: The number of active channels is rounded up to a multiple of this.
+        min_channels: Sites with fewer channels stay ungated, and no gate keeps fewer than this many.
+        stream: Also gate the producers of the residual stream; their winners are added back into the full stream.
+        boost: Multiply winners by their gain (True), or gate with 0/1 only (False).
+
+    Raises:
+        ConfigError: An option is out of its domain.
+    """
+
+    ratio: float | Mapping[str, float] = 0.5
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    round_to: int = 1
+    min_channels: int = 1
+    stream: bool = False
+    boost: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, Mapping):
+            if not self.ratio:
+                raise ConfigError("The `ratio` mapping of wrap() is empty: give at least one pattern and its ratio.")
+            _patterns(self.ratio.keys(), "ratio")
+            checked: Any = {p: check_ratio(v, f"wrap(), pattern {p!r},") for p, v in self.ratio.items()}
+        else:
+            checked = check_ratio(self.ratio)
+        object.__setattr__(self, "ratio", checked)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(getattr(self, name), name))
+        for name in ("round_to", "min_channels"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ConfigError(f"`{name}` must be an integer of at least 1. Got {value!r}.")
+        for name in ("stream", "boost"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"`{name}` must be True or False. Got {getattr(self, name)!r}.")
+
+    def ratio_for(self, site: str) -> float | None:
+        """The ratio asked for the site of that name; None where no pattern of a mapping fits."""
+        if isinstance(self.ratio, Mapping):
+            return next((r for p, r in self.ratio.items() if matches(site, p)), None)
+        return self.ratio
+
+    def active_count(self, channels: int, ratio: float) -> int:
+        """k: how many of ``channels`` stay active at ``ratio`` (DESIGN: ceil((1 − ratio)·C), rounded up)."""
+        # Counting the suppressed keeps k exact where (1 − ratio)·C lands a hair above an integer in binary.
+        k = channels - math.floor(ratio * channels + 1e-9)
+        k = max(k, self.min_channels, 1)
+        return min(channels, -(-k // self.round_to) * self.round_to)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_dict` takes it back."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["include"], out["exclude"] = list(self.include), list(self.exclude)
+        out["ratio"] = dict(self.ratio) if isinstance(self.ratio, Mapping) else self.ratio
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GateConfig:
+        """The configuration that `to_dict` described; unknown keys raise `ConfigError`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ConfigError(f"Unknown options for GateConfig: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+        return cls(**data)
+
+    def to_json(self) -> str:
+        """`to_dict` as a JSON string."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> GateConfig:
+        """The configuration that `to_json` described."""
+        return cls.from_dict(json.loads(text))

@@ -1,0 +1,119 @@
+"""The mathematics of gating, as pure functions: no modules, no state.
+
+Sources: the monocular-depth paper (doi 10.18280/mmep.090221), equations 4–7, and FBS (arXiv 1810.05331).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import ConfigError
+
+__all__ = ["active_set", "channel_gain", "indexed_conv2d", "saliency", "subsample", "winners_take_all"]
+
+
+def subsample(x: Tensor, channel_dim: int = 1) -> Tensor:
+    """s(x), equation 5: the mean of the absolute value over everything but batch and channels.
+
+    Args:
+        x: (B, C, H, W), (B, N, C) tokens, (B, C); batch first.
+        channel_dim: Which dimension holds the channels.
+
+    Returns:
+        (B, C).
+    """
+    dims = [d for d in range(1, x.dim()) if d != channel_dim % x.dim()]
+    return x.abs().mean(dims) if dims else x.abs()
+
+
+def saliency(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """g(x) = relu(s(x)·φ + ρ), equation 6 with FBS's offset.
+
+    Args:
+        s: (B, C_in). weight: φ, (C, C_in). bias: ρ, (C,).
+
+    Returns:
+        (B, C), not negative.
+    """
+    return F.linear(s, weight, bias).relu()
+
+
+def active_set(g: Tensor, k: int) -> Tensor:
+    """Indices of the k largest saliencies of each sample, ascending; ties go to the lower index, so always exactly k.
+
+    Args:
+        g: (B, C). k: 1 ≤ k ≤ C.
+
+    Returns:
+        (B, k), int64.
+    """
+    if not 1 <= k <= g.shape[1]:
+        raise ConfigError(f"The number of winners `k` must be in [1, {g.shape[1]}]. Got {k!r}.")
+    if k == g.shape[1]:
+        return torch.arange(k, device=g.device).expand(g.shape[0], k)
+    # topk breaks ties in no stated order; a stable sort keeps the lower index first.
+    order = torch.sort(g.detach(), dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values
+
+
+def winners_take_all(g: Tensor, k: int) -> Tensor:
+    """wta_k(g), equation 4: the k largest entries stay, the others become zero.
+
+    Args:
+        g: (B, C). k: 1 ≤ k ≤ C.
+
+    Returns:
+        (B, C).
+    """
+    winners = active_set(g, k)
+    return torch.zeros_like(g).scatter(1, winners, g.gather(1, winners))
+
+
+def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels: int) -> Tensor:
+    """Spread per-winner values over the channels of a tensor: suppressed channels get 0, foreign ones get 1.
+
+    Args:
+        values: (B, k), one value per winner (the gain, or ones for a plain mask).
+        active: (B, k), the active set.
+        units: (n,), the site channel that each of the tensor's n channels belongs to; −1: none of this site's.
+            None: channel j is site channel j.
+        channels: C of the site.
+
+    Returns:
+        (B, n).
+    """
+    if units is None:
+        return values.new_zeros(values.shape[0], channels).scatter(1, active, values)
+    full = values.new_zeros(values.shape[0], channels + 1)
+    full = full.scatter(1, active, values)
+    full[:, channels] = 1  # index −1, that is the last column, is what foreign channels read
+    return full[:, units]
+
+
+def indexed_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_active: Tensor | None, out_active: Tensor | None,
+    gain: Tensor | None = None, stride: tuple[int, int] = (1, 1), padding: tuple[int, int] | str = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:  # fmt: skip
+    """The readable reference of a convolution over active sets: gather each sample's weights, then convolve.
+
+    Args:
+        x: (B, k_in, H, W), only the active input channels. weight: (C_out, C_in, kh, kw). bias: (C_out,) or None.
+        in_active: (B, k_in) or None for all. out_active: (B, k_out) or None for all.
+        gain: (B, k_out) or None, multiplied on the output.
+
+    Returns:
+        (B, k_out, H', W'): row r of sample b is output channel ``out_active[b, r]`` of the full convolution.
+    """
+    rows = []
+    for b in range(x.shape[0]):
+        w, c = weight, bias
+        if out_active is not None:
+            w, c = w[out_active[b]], None if c is None else c[out_active[b]]
+        if in_active is not None:
+            w = w[:, in_active[b]]
+        y = F.conv2d(x[b : b + 1], w, c, stride, padding, dilation)
+        rows.append(y if gain is None else y * gain[b][None, :, None, None])
+    return torch.cat(rows) if rows else x.new_zeros(0, *F.conv2d(x.new_zeros(1, weight.shape[1], *x.shape[2:]), weight, None, stride, padding, dilation).shape[1:])

@@ -1,0 +1,116 @@
+"""Capture a model's forward pass as a graph of ATen operators."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import ConfigError, ModelError
+
+__all__ = ["GATING_STATE", "capture", "concrete", "evaluating", "module_path", "normalise_inputs", "suspended"]
+
+# Where a gated model keeps the switch that its hooks look at (see wrapping): a captured graph holds the backbone alone.
+GATING_STATE = "_gatedprune_state"
+
+
+def input_size(model: nn.Module) -> tuple[int, ...]:
+    """(C, H, W) that the timm configuration of the model, or of a module inside it, names; else (3, 224, 224)."""
+    for module in model.modules():
+        for attribute in ("pretrained_cfg", "default_cfg"):
+            cfg = getattr(module, attribute, None)
+            if isinstance(cfg, dict) and cfg.get("input_size"):
+                return tuple(cfg["input_size"])
+    return (3, 224, 224)
+
+
+def normalise_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
+    """``example_inputs`` as a tuple of positional arguments; a zero image of the configured size where None."""
+    if example_inputs is None:
+        reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        example_inputs = torch.zeros(2, *input_size(model), device=reference.device, dtype=reference.dtype)
+    args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    if not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
+        raise ConfigError(
+            "`example_inputs` must be a floating-point tensor such as torch.zeros(1, 3, 224, 224), or a tuple of the "
+            f"model's arguments with one among them. Got {type(example_inputs).__name__}"
+            + (f" of {args[0].dtype}." if args and isinstance(args[0], Tensor) else ".")
+        )
+    return args
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode; each module's own mode comes back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """Switch every gate in the model off."""
+    states = [m.__dict__[GATING_STATE] for m in model.modules() if GATING_STATE in m.__dict__]
+    before = [state.suspended for state in states]
+    try:
+        for state in states:
+            state.suspended = True
+        yield
+    finally:
+        for state, value in zip(states, before):
+            state.suspended = value
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = False) -> fx.GraphModule:
+    """The eval-mode forward pass on ``args`` as a graph of ATen operators that reads the model's own parameters.
+
+    Args:
+        model: Any module `torch.export` can trace. Left as it was, training mode included; gates are not captured.
+        args: Positional arguments.
+        dynamic_batch: Let the first dimension of every tensor argument vary.
+
+    Raises:
+        ModelError: The model cannot be traced on these inputs.
+    """
+    shapes = None
+    if dynamic_batch:
+        shapes = tuple({0: torch.export.Dim.AUTO} if isinstance(a, Tensor) and a.dim() else None for a in args)
+    try:
+        with evaluating(model), suspended(model), torch.no_grad():
+            program = torch.export.export(model, args, dynamic_shapes=shapes)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} could not be traced by torch.export on inputs of shape "
+            f"{[tuple(a.shape) for a in args if isinstance(a, Tensor)]}: {_first_line(error)} "
+            "Give `example_inputs` that the model accepts, and keep data-dependent Python branches out of forward()."
+        ) from error
+    takes = inspect.signature(program.module).parameters
+    return program.module(check_guards=False) if "check_guards" in takes else program.module()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return text if text.endswith(".") else text + "."
+
+
+def concrete(value: Any) -> int:
+    """A plain integer from a size that may be symbolic (then: what it was for the example inputs)."""
+    if isinstance(value, torch.SymInt):
+        node = value.node
+        hint = getattr(node, "hint", None)
+        return int(hint if hint is not None else node.shape_env.size_hint(node.expr))
+    return int(value)
+
+
+def module_path(node: fx.Node) -> list[str]:
+    """Paths of the modules that were running when the node was recorded, outermost first; '' is the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [path for path, _ in stack.values() if not path.startswith("_empty_nn_module_stack")]

@@ -1,0 +1,270 @@
+"""`find_sites`: from labels to sites."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from . import rules
+from .boundary import Boundaries
+from .capture import capture, normalise_inputs
+from .flow import Flow, trace_flow
+from .labels import Use, compress
+from .site import Attach, Edge, Site, SiteReport, identity_units
+
+__all__ = ["Analysis", "SiteNodes", "analyse", "find_sites"]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteNodes:
+    """A site on the graph: what the engine needs beside `Site` itself.
+
+    Attributes:
+        site: The site.
+        roots: Its units' representatives, in unit order.
+        producer: Node of the first producer. gate_input: The value that the gate sees. gain: The value that the gain
+            multiplies. unsafe: Consumers (and joins) whose input holds suppressed channels that are not zero.
+    """
+
+    site: Site
+    roots: np.ndarray
+    producer: fx.Node
+    gate_input: fx.Node
+    gain: fx.Node
+    unsafe: frozenset[fx.Node]
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """The flow of a captured graph, the sites found on it and the report."""
+
+    flow: Flow
+    sites: dict[str, SiteNodes]
+    report: SiteReport
+
+
+class _Skip(Exception):
+    """Why a candidate cannot be a site."""
+
+
+def find_sites(model: nn.Module, example_inputs: Any = None, *, stream: bool = False) -> SiteReport:
+    """Find every channel dimension of a model that can be gated. Changes nothing.
+
+    Args:
+        model: Any module that `torch.export` can trace; a gated model is looked at without its gates.
+        example_inputs: A tensor (B, C, H, W) or a tuple of the model's arguments; default: zeros of the size that the
+            timm configuration names, else (2, 3, 224, 224).
+        stream: Also list the producers of the residual stream.
+
+    Returns:
+        A `SiteReport`: iterable, printable, with the reason why each other layer is not gated.
+
+    Raises:
+        ModelError: The model cannot be traced. ConfigError: ``example_inputs`` is not a tensor of numbers.
+    """
+    args = normalise_inputs(model, example_inputs)
+    return analyse(type(model).__name__, capture(model, args), stream=stream).report
+
+
+def analyse(name: str, graph_module: fx.GraphModule, *, stream: bool = False) -> Analysis:
+    """Sites of a captured graph (see `capture`); ``name`` heads the report."""
+    return _Discovery(trace_flow(graph_module), stream).run(name)
+
+
+class _Discovery:
+    """One pass from flow to sites; holds the look-ups that its steps share."""
+
+    def __init__(self, flow: Flow, stream: bool) -> None:
+        self.flow, self.stream = flow, stream
+        self.boundaries = Boundaries(flow)
+        self.order = {node: i for i, node in enumerate(flow.graph_module.graph.nodes)}
+        self.pinned = flow.units.pinned()
+        self.joined = {int(r) for join in flow.joins for r in flow.units.find(join.labels)}
+        self.skipped: dict[str, str] = {}
+        self.total = sum(flow.macs.values())
+
+    def run(self, name: str) -> Analysis:
+        flow = self.flow
+        producers = [(use, flow.units.find(use.labels)) for use in flow.producers]
+        writers: dict[int, list[int]] = defaultdict(list)
+        for i, (_, roots) in enumerate(producers):
+            for root in np.unique(roots):
+                writers[int(root)].append(i)
+        grouped: dict[tuple, list[int]] = defaultdict(list)
+        for i, (use, roots) in enumerate(producers):
+            first = [int(r) for r in dict.fromkeys(roots.tolist()) if writers[int(r)][0] == i]
+            free = [r for r in first if r not in self.pinned]
+            for root in free:
+                grouped[(i, tuple(writers[root]), root in self.joined)].append(root)
+            if first and not free:
+                self._skip(use.node, self.pinned[first[0]])
+        self.readers: set[int] = {int(r) for use in flow.consumers for r in flow.units.find(use.labels)}
+        sites: dict[str, SiteNodes] = {}
+        for (i, members, joined), roots in sorted(grouped.items(), key=lambda item: (item[0][0], item[1][0])):
+            node = producers[i][0].node
+            try:
+                found = self._site(node, [producers[m][0] for m in members], np.array(roots), joined, sites)
+            except _Skip as reason:
+                self._skip(node, str(reason))
+            else:
+                sites[found.site.name] = found
+        for found in sites.values():
+            self.skipped.pop(found.site.name, None)
+        in_sites = {n for s in sites.values() for n in self._nodes(s.roots)}
+        report = SiteReport(name, tuple(s.site for s in sites.values()), dict(self.skipped), self.total,
+                            sum(flow.macs.get(n, 0) for n in in_sites))  # fmt: skip
+        return Analysis(flow, sites, report)
+
+    def _skip(self, node: fx.Node, reason: str) -> None:
+        self.skipped.setdefault(self.boundaries.innermost(node) or str(node.target), reason)
+
+    def _uses(self, uses: list[Use], roots: np.ndarray) -> list[tuple[Use, np.ndarray]]:
+        """The uses that touch the site, each with its channel → unit map."""
+        out, order = [], np.argsort(roots)
+        ordered = roots[order]
+        for use in uses:
+            found = self.flow.units.find(use.labels)
+            at = np.searchsorted(ordered, found).clip(max=len(roots) - 1)
+            units = np.where(ordered[at] == found, order[at], -1)
+            if (units >= 0).any():
+                out.append((use, units))
+        return out
+
+    def _nodes(self, roots: np.ndarray) -> list[fx.Node]:
+        flow = self.flow
+        return [u.node for uses in (flow.producers, flow.carriers, flow.consumers) for u, _ in self._uses(uses, roots)]
+
+    def _edge(self, use: Use, units: np.ndarray, dim: int) -> Edge:
+        op = rules.op_name(use.node.target)
+        weight = use.node.args[1] if len(use.node.args) > 1 else None
+        path = self.boundaries.innermost(use.node)
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            path = str(weight.target).rpartition(".")[0]  # the module that owns the weight, also in functional calls
+        return Edge(path, op, dim, torch.from_numpy(units))
+
+    def _site(self, node: fx.Node, members: list[Use], roots: np.ndarray, joined: bool, known: dict) -> SiteNodes:
+        flow, channels = self.flow, len(roots)
+        if channels < 2:
+            raise _Skip("all of its channels can only be removed together")
+        if joined and not self.stream:
+            raise _Skip("its channels are added to the residual stream (stream=True gates them)")
+        if not joined and not any(int(r) in self.readers for r in roots):
+            raise _Skip("no layer reads its channels")
+        hook = self.boundaries.input_hook(node)
+        if hook is None:
+            raise _Skip("its input cannot be seen at the border of a module that runs once on one value")
+        gate_path, gate_input = hook
+        channel_dim = self._channel_dim(gate_input, node)
+        in_channels = flow.shape(gate_input)[channel_dim]
+        consumers = self._uses(flow.consumers, roots)
+        carriers = self._uses(flow.carriers, roots)
+        macs = sum(flow.macs.get(n, 0) for n in self._nodes(roots))
+        if in_channels * channels >= 0.5 * macs:
+            raise _Skip("its gate would cost at least what halving it saves")
+        gain = self._gain_node(node)
+        gain_at = self._attach(gain, roots)
+        if gain_at is None:
+            raise _Skip("its output cannot be reached at the border of a module")
+        unsafe, masks = self._masks(node, gain, roots, joined)
+        name = self.boundaries.innermost(node)
+        if name in known:
+            name = f"{name}:{sum(k.partition(':')[0] == name for k in known)}"
+        site = Site(
+            name=name,
+            kind="stream" if joined else "inner",
+            channels=channels,
+            in_channels=in_channels,
+            producers=tuple(self._edge(u, m, 0) for u, m in self._uses(members, roots)),
+            carriers=tuple(self._edge(u, m, 0) for u, m in carriers),
+            consumers=tuple(self._edge(u, m, 1) for u, m in consumers),
+            gate_at=Attach(gate_path, "input", channel_dim),
+            gain_at=gain_at,
+            masks=masks,
+            macs=macs,
+            share=macs / self.total if self.total else 0.0,
+        )
+        return SiteNodes(site, roots, node, gate_input, gain, unsafe)
+
+    def _channel_dim(self, value: fx.Node, producer: fx.Node) -> int:
+        rank = len(self.flow.shape(value))
+        return rank - 1 if rules.op_name(producer.target) == "linear" else min(1, rank - 1)
+
+    def _gain_node(self, producer: fx.Node) -> fx.Node:
+        """The norm's output where a norm alone reads the producer; else the producer's output."""
+        users = list(producer.users)
+        if len(users) == 1 and rules.op_name(users[0].target) == "batch_norm":
+            return users[0]
+        return producer
+
+    def _attach(self, value: fx.Node, roots: np.ndarray) -> tuple[Attach, ...] | None:
+        places = self.boundaries.reach(value)
+        if places is None:
+            return None
+        dim, units = self._layout(value, roots)
+        return tuple(Attach(path, side, dim, units) for path, side in places)
+
+    def _layout(self, value: fx.Node, roots: np.ndarray) -> tuple[int, Tensor | None]:
+        """Channel dimension of a value and its channel → unit map (None: the identity)."""
+        labels = self.flow.labelled(value)
+        assert labels is not None
+        small = compress(labels)
+        dims = [d for d, s in enumerate(small.shape) if s > 1]
+        if len(dims) != 1:
+            raise _Skip("its channels are spread over several dimensions of a tensor")
+        (_, units), = self._uses([Use(value, small.reshape(-1).numpy())], roots)  # fmt: skip
+        return dims[0], None if identity_units(units, len(roots)) else torch.from_numpy(units)
+
+    def _touches(self, node: fx.Node, roots: set[int]) -> bool:
+        labels = self.flow.labelled(node)
+        return labels is not None and bool(roots & set(np.unique(self.flow.units.find(compress(labels))).tolist()))
+
+    def _masks(self, producer: fx.Node, gain: fx.Node, roots: np.ndarray, joined: bool) -> tuple[frozenset, tuple]:
+        """Where suppressed channels must be silenced again, because something between has woken them."""
+        members, zero = set(roots.tolist()), {gain}
+        reading = {u.node for u, _ in self._uses(self.flow.consumers, roots)}
+        adding = {j.node for j in self.flow.joins} if joined else set()
+        unsafe: dict[fx.Node, None] = {}
+        masks: dict[tuple[str, str], Attach] = {}
+        for node in self.flow.graph_module.graph.nodes:
+            if self.order[node] <= self.order[gain] or node.op != "call_function":
+                continue
+            inputs = [a for a in node.all_input_nodes if self._touches(a, members)]
+            for value in inputs if node in reading or node in adding else ():
+                if value in zero:
+                    continue
+                unsafe[node] = None
+                for place in self._silence(node, value, roots):
+                    masks[place.path, place.side] = place
+            if inputs and self._touches(node, members) and self._stays_zero(node, inputs, zero):
+                zero.add(node)
+        return frozenset(unsafe), tuple(masks.values())
+
+    def _silence(self, node: fx.Node, value: fx.Node, roots: np.ndarray) -> tuple[Attach, ...]:
+        hook = self.boundaries.input_hook(node)
+        if hook is not None and hook[1] is value:
+            return (Attach(hook[0], "input", *self._layout(value, roots)),)
+        places = self._attach(value, roots)
+        if places is None:
+            raise _Skip("a layer that reads it cannot be reached at the border of a module")
+        return places
+
+    def _stays_zero(self, node: fx.Node, inputs: list[fx.Node], zero: set[fx.Node]) -> bool:
+        name, known = rules.op_name(node.target), [a in zero for a in inputs]
+        if name == "mul":
+            return any(known)
+        if name == "div":
+            return bool(node.args) and node.args[0] in zero
+        if name in ("add", "sub"):
+            return all(known) and all(isinstance(a, fx.Node) and a in inputs for a in node.args[:2])
+        if name in rules.ZERO_AT_ZERO or name in rules.SPATIAL or name in rules.MOVEMENT or name in rules.REDUCTION:
+            return all(known)
+        if name in ("cat", "stack", "getitem", "pad"):
+            return all(known)
+        if name.startswith("conv"):
+            return all(known) and (len(node.args) < 3 or node.args[2] is None)  # depthwise or grouped, without bias
+        return False

@@ -1,0 +1,134 @@
+"""Labels: which removable unit each element of a tensor belongs to.
+
+Every channel that a layer writes gets a label; operators carry labels along by being run on the integer label tensor
+itself (a view, a permutation or a split moves labels exactly as it moves data), and channels that can only be removed
+together have their labels united. A tensor of labels is kept as a broadcast (stride 0 along the dimensions over which
+it is constant), so it costs no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+__all__ = ["WILD", "Const", "Join", "Units", "Use", "compress"]
+
+WILD = -1  # an element that belongs to no unit and constrains none (padding, a class token)
+
+
+@dataclass(frozen=True)
+class Const:
+    """A value that depends on parameters and buffers only."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One operator's dealing with units along one dimension: labels[j] is the unit of its channel j."""
+
+    node: fx.Node
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Join:
+    """An addition that joins two sets of units: the residual stream begins or goes on at ``node``."""
+
+    node: fx.Node
+    labels: np.ndarray
+
+
+def compress(labels: Tensor) -> Tensor:
+    """The same labels with every broadcast dimension cut to length 1."""
+    index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in labels.stride())
+    return labels[index] if labels.dim() else labels
+
+
+class Units:
+    """A union-find over labels, vectorised; and what is known of each set (why it is pinned, whether it is added)."""
+
+    def __init__(self) -> None:
+        self._parent = np.arange(1024)
+        self._size = 0
+        self._pins: list[tuple[np.ndarray, str]] = []
+
+    def fresh(self, count: int) -> Tensor:
+        """``count`` new labels, (count,)."""
+        first, self._size = self._size, self._size + count
+        while self._size > len(self._parent):
+            grown = np.arange(2 * len(self._parent))
+            grown[: len(self._parent)] = self._parent
+            self._parent = grown
+        return torch.arange(first, self._size)
+
+    def find(self, labels: Tensor | np.ndarray) -> np.ndarray:
+        """The representative of each label; `WILD` stays `WILD`."""
+        x = labels.numpy() if isinstance(labels, Tensor) else labels
+        roots = np.where(x < 0, 0, x)
+        while True:
+            up = self._parent[roots]
+            if np.array_equal(up, roots):
+                break
+            roots = up
+        return np.where(x < 0, WILD, roots)
+
+    def union(self, a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> None:
+        """Unite label by label; wild ones are left out."""
+        ra, rb = self.find(a).ravel(), self.find(b).ravel()
+        keep = (ra != rb) & (ra != WILD) & (rb != WILD)
+        ra, rb = ra[keep], rb[keep]
+        while ra.size:
+            np.minimum.at(self._parent, np.maximum(ra, rb), np.minimum(ra, rb))
+            # Linking may have dropped an edge whose root another edge claimed first: go on until all agree.
+            na, nb = self.find(ra), self.find(rb)
+            differ = na != nb
+            ra, rb = na[differ], nb[differ]
+
+    def pin(self, labels: Tensor | np.ndarray, reason: str) -> None:
+        """These units must stay whole, for that reason."""
+        x = labels.numpy() if isinstance(labels, Tensor) else labels
+        x = np.unique(x)
+        self._pins.append((x[x != WILD], reason))
+
+    def pinned(self) -> dict[int, str]:
+        """Representative → the first reason why its set is pinned."""
+        out: dict[int, str] = {}
+        for labels, reason in self._pins:
+            for root in self.find(labels):
+                out.setdefault(int(root), reason)
+        return out
+
+    def along(self, labels: Tensor, dim: int) -> np.ndarray:
+        """One representative per position of ``dim``; labels that share a position are united.
+
+        A layer that mixes channels reads position j of the channel dimension as one number per place; whatever lies
+        there, anywhere in the map, can only be removed together.
+        """
+        dim %= labels.dim()
+        small = compress(labels)
+        if small.shape[dim] != labels.shape[dim]:
+            small = small.expand(*[labels.shape[d] if d == dim else s for d, s in enumerate(small.shape)])
+        rows = self.find(small.movedim(dim, 0).reshape(labels.shape[dim], -1))
+        if rows.shape[1] > 1:
+            first = rows.max(axis=1)  # WILD is below every label
+            pairs = np.unique(np.stack([np.broadcast_to(first[:, None], rows.shape).ravel(), rows.ravel()]), axis=1)
+            self.union(pairs[0], pairs[1])
+            return self.find(first)
+        return rows[:, 0]
+
+    def reduce(self, labels: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, bool]:
+        """Labels after a reduction that keeps ``dims`` at length 1, and whether they were constant along them."""
+        small = compress(labels)
+        dims = tuple(d % labels.dim() for d in dims)
+        if all(small.shape[d] == 1 for d in dims):
+            shape = [1 if d in dims else s for d, s in enumerate(labels.shape)]
+            return small.expand(shape), True
+        roots = torch.from_numpy(self.find(small))
+        top = roots.amax(dims, keepdim=True)
+        constant = bool(((roots == top) | (roots == WILD)).all())
+        shape = [1 if d in dims else s for d, s in enumerate(labels.shape)]
+        return top.expand(shape), constant

@@ -1,0 +1,287 @@
+"""How each ATen operator carries channel labels. One table; an operator that is not in it pins what enters it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .capture import concrete
+from .labels import WILD, Join, compress
+
+if TYPE_CHECKING:
+    from .flow import Flow
+
+__all__ = ["ELEMENTWISE", "MOVEMENT", "SPATIAL", "ZERO_AT_ZERO", "apply", "op_name"]
+
+# f(0) = 0: a suppressed channel stays zero on its way through.
+ZERO_AT_ZERO = frozenset(
+    "relu relu6 leaky_relu prelu rrelu silu mish gelu hardswish hardtanh elu celu selu tanh softsign softshrink hardshrink "
+    "dropout feature_dropout alpha_dropout clone contiguous alias detach detach_copy to _to_copy type_as neg abs square "
+    "sqrt sin erf expm1 log1p trunc round floor ceil sign lift_fresh_copy lift_fresh".split()
+)
+# Element by element, but f(0) ≠ 0 (or not in general).
+ELEMENTWISE = ZERO_AT_ZERO | frozenset(
+    "sigmoid hardsigmoid log_sigmoid softplus exp log rsqrt reciprocal cos clamp clamp_min clamp_max logit nan_to_num "
+    "isnan isinf logical_not bitwise_not zeros_like ones_like full_like empty_like rand_like".split()
+)
+BINARY = frozenset("add sub rsub mul div maximum minimum fmod remainder pow atan2 where lerp".split()) | frozenset(
+    "eq ne lt le gt ge logical_and logical_or bitwise_and bitwise_or".split()
+)
+# Data movement: run on the labels themselves.
+MOVEMENT = frozenset(
+    "view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T flatten unflatten squeeze unsqueeze expand "
+    "expand_as slice select narrow split split_with_sizes chunk tensor_split unbind roll flip pixel_shuffle "
+    "pixel_unshuffle channel_shuffle native_channel_shuffle repeat tile movedim swapaxes swapdims unsafe_split "
+    "unsafe_chunk diagonal repeat_interleave".split()
+)
+# Per channel, over the places of a (B, C, ...) map; zero maps to zero.
+SPATIAL = frozenset(
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d max_pool2d_with_indices upsample_nearest1d "
+    "upsample_nearest2d upsample_nearest3d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d "
+    "_upsample_bicubic2d_aa upsample_linear1d upsample_trilinear3d _upsample_nearest_exact2d reflection_pad2d "
+    "replication_pad2d grid_sampler grid_sampler_2d".split()
+)
+REDUCTION = frozenset("mean sum amax amin var std norm linalg_vector_norm max min prod var_mean logsumexp".split())
+OVER_DIM = frozenset("softmax _softmax log_softmax _log_softmax cumsum cumprod sort topk normalize".split())
+
+Rule = Callable[["Flow", fx.Node, tuple, dict], Any]
+
+
+def op_name(target: Any) -> str:
+    """'relu' for ``aten.relu_.default``; the function's name for plain Python functions."""
+    schema = getattr(target, "_schema", None)
+    name = schema.name.split("::")[-1] if schema is not None else getattr(target, "__name__", str(target))
+    return name.rstrip("_") if schema is not None and name.rstrip("_") else name
+
+
+def apply(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """The labels of ``node``'s output, given its arguments' labels."""
+    name = op_name(node.target)
+    rule = _RULES.get(name)
+    if rule is None:
+        if name in ELEMENTWISE:
+            rule = _unary
+        elif name in BINARY:
+            rule = _binary
+        elif name in MOVEMENT:
+            rule = _move
+        elif name in SPATIAL:
+            rule = _spatial
+        elif name in REDUCTION:
+            rule = _reduction
+        elif name in OVER_DIM:
+            rule = _over_dim
+    if rule is not None:
+        out = rule(flow, node, args, kwargs)
+        if out is not NotImplemented:
+            return out
+    return _unknown(flow, node, args, kwargs, f"it passes through `{name}`, which mixes or re-arranges channels")
+
+
+def _shapes(node: fx.Node) -> Any:
+    return tree_map(lambda v: tuple(concrete(s) for s in v.shape) if isinstance(v, Tensor) else None, node.meta["val"])
+
+
+def _unknown(flow: Flow, node: fx.Node, args: tuple, kwargs: dict, reason: str) -> Any:
+    """Pin everything that enters; what leaves is pinned too."""
+    for leaf in tree_flatten((args, kwargs))[0]:
+        if isinstance(leaf, Tensor):
+            flow.units.pin(compress(leaf), reason)
+    label = flow.units.fresh(1)
+    flow.units.pin(label, reason)
+
+    def blank(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        shape = [concrete(s) for s in value.shape]
+        return label.expand(shape) if shape else label[0]
+
+    return tree_map(blank, node.meta["val"])
+
+
+def _unary(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    x = args[0]
+    return x.expand(flow.shape(node)) if isinstance(x, Tensor) else NotImplemented
+
+
+def _binary(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    name, shape = op_name(node.target), flow.shape(node)
+    operands = [a for a in args if isinstance(a, Tensor)]
+    out = operands[0]
+    for other in operands[1:]:
+        out = _pair(flow, node, out, other, joins=name in ("add", "sub", "rsub", "where", "lerp"))
+    return out.expand(shape)
+
+
+def _pair(flow: Flow, node: fx.Node, a: Tensor, b: Tensor, joins: bool) -> Tensor:
+    """Labels of an element-wise operation on two labelled tensors that broadcast against each other."""
+    rank = max(a.dim(), b.dim())
+    a, b = (t.view((1,) * (rank - t.dim()) + t.shape) for t in (a, b))
+    ca, cb = compress(a), compress(b)
+    # A map without a channel dimension (one weight per place) meets every channel: it must stay.
+    alone_a = any(a.shape[d] == 1 and cb.shape[d] > 1 for d in range(rank))
+    alone_b = any(b.shape[d] == 1 and ca.shape[d] > 1 for d in range(rank))
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    if alone_a != alone_b:
+        flow.units.pin(ca if alone_a else cb, "it is broadcast over the channels of another tensor")
+        return (b if alone_a else a).expand(shape)
+    ca, cb = torch.broadcast_tensors(ca, cb)
+    ra, rb = flow.units.find(ca), flow.units.find(cb)
+    if np.array_equal(ra, rb):
+        return ca.expand(shape)
+    if not joins:
+        flow.units.union(ra, rb)
+        return torch.from_numpy(np.where(ra == WILD, rb, ra)).expand(shape)
+    return _join(flow, node, ra, rb).expand(shape)
+
+
+def _join(flow: Flow, node: fx.Node, ra: np.ndarray, rb: np.ndarray) -> Tensor:
+    """An addition of two different sets of units: the sum is a stream of new units that nobody may narrow."""
+    flow.joins.append(Join(node, np.unique(np.concatenate([ra.ravel(), rb.ravel()]))))
+    pairs, where = np.unique(np.stack([ra.ravel(), rb.ravel()]), axis=1, return_inverse=True)
+    fresh = flow.units.fresh(pairs.shape[1])
+    return fresh[torch.from_numpy(where.reshape(-1))].view(ra.shape)
+
+
+def _move(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    try:
+        return node.target(*args, **kwargs)
+    except (RuntimeError, TypeError):
+        # A view of a broadcast may need a copy.
+        dense = tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) else v, args)
+        try:
+            return node.target(*dense, **kwargs)
+        except (RuntimeError, TypeError):
+            return NotImplemented
+
+
+def _cat(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    parts = [p if isinstance(p, Tensor) else torch.full((1,), WILD).expand(p.shape) for p in args[0]]
+    parts = [p for p in parts if p.shape != (0,)]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % parts[0].dim()
+    small = [compress(p) for p in parts]
+    common = [max(s.shape[d] for s in small) for d in range(parts[0].dim())]
+    # Only the concatenated dimension and those along which some part varies are written out.
+    wide = [s.expand([p.shape[d] if d == dim else common[d] for d in range(p.dim())]) for s, p in zip(small, parts)]
+    out = torch.cat(wide, dim)
+    return out.expand(flow.shape(node))
+
+
+def _stack(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    parts = [p if isinstance(p, Tensor) else torch.full((1,), WILD).expand(p.shape) for p in args[0]]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    return torch.stack(parts, dim)
+
+
+def _pad(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    x, pad = args[0], args[1]
+    if len(pad) <= 2 * (x.dim() - 2) and x.dim() > 2 and compress(x).shape[2:].numel() == 1:
+        return compress(x).expand(flow.shape(node))  # the border of a map belongs to the map's channel
+    return F.pad(x, pad, value=WILD)
+
+
+def _spatial(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    x, shapes = args[0], _shapes(node)
+    shape = shapes if isinstance(shapes, tuple) and all(isinstance(s, int) for s in shapes) else None
+    if shape is None or x.dim() < 3 or len(shape) != x.dim():
+        return NotImplemented
+    return flow.spread(flow.units.along(x, 1), 1, shape)
+
+
+def _reduced_dims(node: fx.Node, args: tuple, kwargs: dict, rank: int) -> tuple[int, ...]:
+    dim = kwargs.get("dim")
+    if dim is None:
+        position = 2 if op_name(node.target) in ("norm", "linalg_vector_norm") else 1
+        dim = args[position] if len(args) > position and not isinstance(args[position], bool) else None
+    if dim is None or dim == []:
+        return tuple(range(rank))
+    return tuple(d % rank for d in ((dim,) if isinstance(dim, int) else dim))
+
+
+def _reduction(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    x, val = args[0], node.meta["val"]
+    if not isinstance(val, Tensor):
+        return NotImplemented
+    dims = _reduced_dims(node, args, kwargs, x.dim())
+    out, constant = flow.units.reduce(x, dims)
+    if not constant:
+        return NotImplemented
+    shape = flow.shape(node)
+    if len(shape) != out.dim():
+        out = out[tuple(0 if d in dims else slice(None) for d in range(out.dim()))]
+    return out.expand(shape)
+
+
+def _over_dim(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", -1)
+    _, constant = flow.units.reduce(x, (dim,))
+    return x if constant and isinstance(node.meta["val"], Tensor) else NotImplemented
+
+
+def _batch_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    labels = flow.units.along(args[0], 1)
+    flow.carry(node, labels)
+    return flow.spread(labels, 1, flow.shape(node))
+
+
+def _convolution(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    name = op_name(node.target)
+    transposed = name.startswith("conv_transpose")
+    x, weight = args[0], args[1]
+    groups_at = 7 if transposed else 6
+    groups = args[groups_at] if len(args) > groups_at else kwargs.get("groups", 1)
+    shape = flow.shape(node)
+    if isinstance(weight, Tensor) or not isinstance(x, Tensor) or x.dim() != len(weight.shape):
+        return NotImplemented
+    c_in, c_out = x.shape[1], shape[1]
+    taps = math.prod(weight.shape[2:])
+    places = math.prod(x.shape[2:] if transposed else shape[2:])
+    flow.macs[node] = places * taps * c_out * c_in // groups
+    read = flow.units.along(x, 1)
+    if groups == 1:
+        flow.consume(node, read)
+        return flow.spread(flow.produce(node, c_out), 1, shape)
+    per_in, per_out = c_in // groups, c_out // groups
+    if per_in > 1:
+        # A group that loses one input channel keeps no meaning of its own: whole groups are suppressed.
+        rows = read.reshape(groups, per_in)
+        flow.units.union(np.repeat(rows[:, 0], per_in), rows.ravel())
+    labels = np.repeat(flow.units.find(read[::per_in]), per_out)
+    flow.carry(node, labels)
+    return flow.spread(labels, 1, shape)
+
+
+def _linear(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    x, weight = args[0], args[1]
+    if isinstance(weight, Tensor) or not isinstance(x, Tensor) or len(weight.shape) != 2:
+        return NotImplemented
+    shape = flow.shape(node)
+    flow.macs[node] = math.prod(shape[1:]) * weight.shape[1]
+    flow.consume(node, flow.units.along(x, -1))
+    return flow.spread(flow.produce(node, weight.shape[0]), len(shape) - 1, shape)
+
+
+def _getitem(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    return operator.getitem(*args)
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
+    "linear": _linear,
+    "batch_norm": _batch_norm,
+    "cat": _cat,
+    "concat": _cat,
+    "stack": _stack,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
+    "getitem": _getitem,
+}

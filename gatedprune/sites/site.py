@@ -1,0 +1,127 @@
+"""What `find_sites` returns: sites, where their gates attach, and a report that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+__all__ = ["Attach", "Edge", "Site", "SiteReport"]
+
+
+@dataclass(frozen=True, eq=False)
+class Edge:
+    """A layer that a site narrows.
+
+    Attributes:
+        path: Module path of the layer.
+        op: The operator: "conv2d", "linear", "batch_norm", …
+        dim: Which dimension of its weight: 0 for what it writes or carries, 1 for what it reads.
+        units: (n,), the site channel of each of the layer's n channels in that dimension; −1: not of this site.
+    """
+
+    path: str
+    op: str
+    dim: int
+    units: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Attach:
+    """A place at a module's boundary: its only input (``"input"``) or its output (``"output"``).
+
+    ``units`` maps the channels along ``channel_dim`` to site channels; None where no map is needed.
+    """
+
+    path: str
+    side: str
+    channel_dim: int
+    units: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A channel dimension of ``channels`` channels that may be narrowed, with everything coupled to it.
+
+    Attributes:
+        name: Module path of the first producer.
+        kind: "inner" (no residual addition joins its producers) or "stream" (its winners are added to the stream).
+        channels: C: how many units can be suppressed one by one; a unit may be several channels (a group).
+        in_channels: Channels of the tensor that enters the first producer: what the gate sees.
+        producers, carriers, consumers: The layers that write, carry and read the site.
+        gate_at: Where the gate looks. gain_at: where the gain is multiplied. masks: where suppressed channels, woken
+            by a bias or an activation with f(0) ≠ 0, are silenced again.
+        macs: Multiply-accumulates per sample of the layers that the site narrows, dense.
+        share: `macs` as a share of the model's.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    in_channels: int
+    producers: tuple[Edge, ...]
+    carriers: tuple[Edge, ...]
+    consumers: tuple[Edge, ...]
+    gate_at: Attach
+    gain_at: tuple[Attach, ...]
+    masks: tuple[Attach, ...]
+    macs: int
+    share: float
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every layer of the site."""
+        return self.producers + self.carriers + self.consumers
+
+
+@dataclass(frozen=True, eq=False)
+class SiteReport:
+    """The sites of a model, and for every other layer why it is not gated. Iterable, sized, printable.
+
+    Attributes:
+        model: The model's class name.
+        sites: The sites, in the order in which the model computes them.
+        skipped: Module path → why no site begins there.
+        macs: Dense MACs of the model's convolutions and linear layers, per sample.
+        macs_in_sites: Those of the layers that some site narrows.
+    """
+
+    model: str
+    sites: tuple[Site, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+    macs: int = 0
+    macs_in_sites: int = 0
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(f"No site {name!r}. Sites: {', '.join(s.name for s in self.sites) or 'none'}.")
+
+    def __str__(self) -> str:
+        share = self.macs_in_sites / self.macs if self.macs else 0.0
+        width = max([len(s.name) for s in self.sites] + [len(p) for p in self.skipped] + [4])
+        lines = [
+            f"{self.model}: {len(self.sites)} sites; {share:.1%} of {self.macs / 1e6:,.0f} MMACs lie in layers that they narrow",
+            f"{'site':<{width}}  kind    channels  gate sees  MAC share  narrows",
+        ]
+        for s in self.sites:
+            layers = ", ".join(dict.fromkeys(e.path for e in s.edges if e.op != "batch_norm"))
+            lines.append(f"{s.name:<{width}}  {s.kind:<6}  {s.channels:>8}  {s.in_channels:>9}  {s.share:>9.1%}  {layers}")
+        if self.skipped:
+            lines.append("not gated:")
+            lines += [f"{path:<{width}}  {reason}" for path, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def identity_units(units: np.ndarray, channels: int) -> bool:
+    """Whether channel j is unit j, for every j."""
+    return len(units) == channels and bool((units == np.arange(channels)).all())

@@ -1,0 +1,107 @@
+"""The hooks that run gates inside a model's own forward pass: the masked reference path, used in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import DataError
+from ..functional import channel_gain
+from ..gates import Gate
+from ..sites import Attach, Site
+
+__all__ = ["GatingState", "attach"]
+
+
+class GatingState:
+    """What all hooks of one gated model share: the switch that turns them off, and how to remove them."""
+
+    def __init__(self) -> None:
+        self.suspended = False
+        self.handles: list[RemovableHandle] = []
+
+    def remove(self) -> None:
+        """Take every hook out of the model."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+def _value(args: tuple, kwargs: dict) -> tuple[Tensor, str | None]:
+    """The tensor a module was called with, and its keyword (None: the first positional argument)."""
+    if args:
+        return args[0], None
+    key = next(iter(kwargs))
+    return kwargs[key], key
+
+
+class _Select:
+    """Forward pre-hook of a site's first producer: the gate looks at its input."""
+
+    def __init__(self, state: GatingState, gate: Gate, site: str) -> None:
+        self.state, self.gate, self.site = state, gate, site
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.state.suspended:
+            return
+        x, _ = _value(args, kwargs)
+        dim = self.gate.channel_dim
+        if x.dim() <= dim or x.shape[dim] != self.gate.in_channels:
+            raise DataError(
+                f"The gate of site {self.site!r} expects {self.gate.in_channels} channels in dimension {dim} of its "
+                f"input. Got a tensor of shape {tuple(x.shape)}: give the model the kind of input that it was wrapped for."
+            )
+        self.gate(x)
+
+
+class _Scale:
+    """Multiply a value by the gate's gain (``boost``) or by its 0/1 mask."""
+
+    def __init__(self, state: GatingState, gate: Gate, at: Attach, gain: bool) -> None:
+        self.state, self.gate, self.at, self.gain = state, gate, at, gain
+
+    def scale(self, x: Tensor) -> Tensor:
+        gate, at = self.gate, self.at
+        active, gain = gate.last_active, gate.last_gain
+        assert active is not None and gain is not None  # the graph orders the gate before its readers
+        values = gain if self.gain else gain.new_ones(gain.shape)
+        channels = channel_gain(values.to(x.dtype), active, at.units, gate.channels)
+        view = [1] * x.dim()
+        view[0], view[at.channel_dim] = channels.shape
+        return x * channels.view(view)
+
+
+class _ScaleInput(_Scale):
+    """Forward pre-hook."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.state.suspended:
+            return None
+        x, key = _value(args, kwargs)
+        if key is None:
+            return (self.scale(x), *args[1:]), kwargs
+        return args, {**kwargs, key: self.scale(x)}
+
+
+class _ScaleOutput(_Scale):
+    """Forward hook."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
+        return None if self.state.suspended else self.scale(output)
+
+
+def attach(model: nn.Module, site: Site, gate: Gate, state: GatingState) -> None:
+    """Register the hooks of one site; `GatingState.remove` takes them out again."""
+    add = state.handles.append
+    producer = model.get_submodule(site.gate_at.path)
+    add(producer.register_forward_pre_hook(_Select(state, gate, site.name), with_kwargs=True))
+    for places, gain in ((site.gain_at, True), (site.masks, False)):
+        for at in places:
+            module = model.get_submodule(at.path)
+            if at.side == "input":
+                hook = _ScaleInput(state, gate, at, gain)
+                add(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                add(module.register_forward_hook(_ScaleOutput(state, gate, at, gain)))
