@@ -1,0 +1,180 @@
+"""Checkpoints: a model with what is needed to rebuild it, and the whole state of a training run."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import gatedprune
+from gatedprune.adapters.depth import DepthModel
+from gatedprune.errors import CheckpointError, GatedPruneError
+
+from .datasets import PAPER_IMAGE_SIZE, PAPER_INPUT_SIZE
+
+__all__ = ["ModelSpec", "atomic_write", "load_model", "load_state", "read_spec", "save_model", "save_state"]
+
+SPEC_KEY = "gatedprune.kitti.model"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a depth model is made of, apart from its weights. Travels in every checkpoint as JSON."""
+
+    backbone: str = "resnet50"
+    decoder_channels: int | tuple[int, ...] = 256
+    min_depth: float = 1.0
+    max_depth: float = 80.0
+    image_size: tuple[int, int] = PAPER_IMAGE_SIZE
+    """Height and width to which images are resized first."""
+    input_size: tuple[int, int] = PAPER_INPUT_SIZE
+    """Height and width of the network's input and output."""
+    gates: Mapping[str, Any] | None = None
+    """The gates' configuration (`GateConfig.to_dict`), None for a dense model."""
+
+    def build(self, *, pretrained: bool = False, weights: str | os.PathLike[str] | None = None) -> nn.Module:
+        """Build the model, gated where the spec says so; the arguments are those of `DepthModel`."""
+        model = DepthModel(
+            self.backbone,
+            pretrained=pretrained,
+            weights=weights,
+            decoder_channels=self.decoder_channels,
+            min_depth=self.min_depth,
+            max_depth=self.max_depth,
+        )
+        if self.gates is None:
+            return model
+        config = gatedprune.GateConfig.from_dict(self.gates)
+        return gatedprune.wrap(model, config=config, example_inputs=self.example())
+
+    def example(self, batch: int = 1) -> torch.Tensor:
+        """Return an input of the right shape, (batch, 3, H, W)."""
+        return torch.rand(batch, 3, *self.input_size, generator=torch.Generator().manual_seed(0))
+
+    def to_json(self) -> str:
+        """Return the spec as JSON; `from_json` reads it back."""
+        return json.dumps({"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSpec:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        values.pop("format")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def differences(self, other: ModelSpec) -> list[str]:
+        """Name the fields in which two models differ in their weights' shapes, as `field: mine, not theirs`."""
+        fields = ("backbone", "decoder_channels", "gates")
+        return [
+            f"{field}: {getattr(self, field)}, not {getattr(other, field)}"
+            for field in fields
+            if getattr(self, field) != getattr(other, field)
+        ]
+
+
+def atomic_write(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+    """Call `write` with a temporary name beside `path`, then put the file in place: whole, or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # the name must not change before the content is on the disk
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_model(path: str | os.PathLike[str], model: nn.Module, spec: ModelSpec) -> None:
+    """Write weights and spec as one safetensors file, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    atomic_write(path, lambda temporary: save_file(tensors, temporary, {SPEC_KEY: spec.to_json()}))
+
+
+def read_spec(path: str | os.PathLike[str], *, backbone: str | None = None) -> ModelSpec:
+    """Read what model a checkpoint holds, without its weights.
+
+    Args:
+        path: a file written by `save_model`.
+        backbone: refuse a checkpoint with another backbone.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint of this program, or another backbone.
+    """
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            text = (file.metadata() or {}).get(SPEC_KEY)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be read ({error}). Give a model.safetensors written by `train`."
+        ) from error
+    try:
+        spec = ModelSpec.from_json(text or "")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} does not say which depth model it holds. Give a model.safetensors written by `train`; weights "
+            "of a backbone alone go to --weights."
+        ) from error
+    if backbone is not None and backbone != spec.backbone:
+        raise CheckpointError(
+            f"The checkpoint {path} holds a depth model on {spec.backbone!r}, but {backbone!r} was asked for. "
+            f"Leave out --backbone, or use a checkpoint of {backbone!r}."
+        )
+    return spec
+
+
+def load_model(path: str | os.PathLike[str], *, backbone: str | None = None) -> tuple[nn.Module, ModelSpec]:
+    """Rebuild the model that a checkpoint holds; see `read_spec` for the arguments and errors."""
+    spec = read_spec(path, backbone=backbone)
+    model = spec.build()
+    with safe_open(os.fspath(path), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The weights in {path} do not fit the {spec.backbone!r} depth model that it says it holds: {error}. "
+            "It was written by another version, or damaged."
+        ) from error
+    return model.eval(), spec
+
+
+def save_state(path: str | os.PathLike[str], state: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Write the state of a training run (tensors, numbers, strings and containers of them), atomically."""
+    atomic_write(path, lambda temporary: torch.save({"spec": spec.to_json(), **state}, temporary))
+
+
+def load_state(path: str | os.PathLike[str], spec: ModelSpec) -> dict[str, Any]:
+    """Read the state of a training run back; only plain data is unpickled (`weights_only`).
+
+    Raises:
+        CheckpointError: the file is damaged, or of a model other than `spec`.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = ModelSpec.from_json(state.pop("spec"))
+    except GatedPruneError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"The training state {path} cannot be read ({type(error).__name__}). Delete it to start again."
+        ) from error
+    if differences := saved.differences(spec):
+        raise CheckpointError(
+            f"The training state {path} is of another model ({'; '.join(differences)}). Resume with the options it "
+            "was started with, or give another output folder."
+        )
+    return state
