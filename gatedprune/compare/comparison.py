@@ -26,7 +26,7 @@ from ..measure import (
     environment,
     measure_latency,
 )
-from ..sites.capture import normalise_inputs
+from ..sites import normalise_inputs
 from ..wrapping import is_gated, wrap
 from .equality import Equality, check_equality
 from .static import dense_copy, prune_static
@@ -64,7 +64,9 @@ class Comparison:
     Args:
         rows: Dense, static and dynamic, in this order.
         equality: Compact against masked, as checked before the timing.
-        active: Site name → (k, C): how many channels static and dynamic both keep, of how many.
+        active: Site name → (k, C): how many channels are kept, of how many.
+        dynamic_only: The gated sites on the residual stream, which static pruning leaves whole: torch-pruning
+            can only remove a channel of the stream from all of its producers at once.
         inputs: Shapes of the example inputs.
         environment: Machine, versions and commit.
     """
@@ -72,6 +74,7 @@ class Comparison:
     rows: tuple[Row, ...]
     equality: Equality
     active: dict[str, tuple[int, int]]
+    dynamic_only: tuple[str, ...]
     inputs: tuple[tuple[int, ...], ...]
     environment: Environment
 
@@ -136,12 +139,17 @@ class Comparison:
         )
         shapes = ", ".join("×".join(map(str, shape)) for shape in self.inputs)
         kept, channels = (sum(pair[i] for pair in self.active.values()) for i in (0, 1))
-        return [
+        lines = [
             f"MACs per sample; ms a batch of {latency.batch}, median of {latency.repeats}, input {shapes}, "
             f"{machine}{threads}, torch {self.environment.packages['torch']}",
             f"{len(self.active)} sites keep {kept} of {channels} channels: static the same for all inputs, "
             f"dynamic chosen for each; compact equals masked to {self.equality.float64:.0e} (float64)",
         ]
+        if self.dynamic_only:
+            lines.append(
+                f"{len(self.dynamic_only)} of them, on the residual stream, stay whole in the static model"
+            )
+        return lines
 
 
 def compare(
@@ -247,6 +255,7 @@ def compare_models(
         rows=rows,
         equality=equality,
         active={name: (gate.active_count, gate.channels) for name, gate in gated.gates.items()},
+        dynamic_only=tuple(site.name for site in gated.gated_sites if site.kind != "inner"),
         inputs=tuple(tuple(value.shape) for value in inputs if isinstance(value, Tensor)),
         environment=environment(),
     )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..engine import compact
 from ..errors import ModelError
-from ..sites.capture import evaluating
+from ..sites import evaluating
+from ..wrapping import GatedModel
 
 __all__ = ["Equality", "check_equality"]
 
@@ -55,7 +56,7 @@ class Equality:
         return {**dataclasses.asdict(self), "green": self.green}
 
 
-def check_equality(gated: nn.Module, fast: nn.Module, inputs: tuple[Any, ...]) -> Equality:
+def check_equality(gated: GatedModel, fast: nn.Module, inputs: tuple[Any, ...]) -> Equality:
     """Compare the compact model with the masked one on `inputs`, in float64 and in the model's precision.
 
     Args:
@@ -85,8 +86,9 @@ def check_equality(gated: nn.Module, fast: nn.Module, inputs: tuple[Any, ...]) -
     if not found.green:
         raise ModelError(
             "The compact model does not compute what the gated model computes, so it was not timed. "
-            f"Relative difference in float64: {found.float64:.1e} (at most {LOGIC_TOLERANCE:.0e}). Error in the "
-            f"model's precision: {found.native_compact:.1e}; of the masked model: {found.native_masked:.1e}. "
+            f"Relative difference in float64: {found.float64:.1e} (at most {LOGIC_TOLERANCE:.0e}). "
+            f"Error in the model's precision: {found.native_compact:.1e}; "
+            f"of the masked model: {found.native_masked:.1e}. "
             "Please report this with the model's name."
         )
     return found
@@ -136,7 +138,8 @@ def _finite(difference: float) -> float:
 
 
 def _same_channels(chosen: Mapping[str, Tensor | None], others: Mapping[str, Tensor | None]) -> bool:
-    return all(
-        chosen[name] is not None and others.get(name) is not None and torch.equal(chosen[name], others[name])
-        for name in chosen
-    )
+    for name, channels in chosen.items():
+        other = others.get(name)
+        if channels is None or other is None or not torch.equal(channels, other):
+            return False
+    return True

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..config import GateConfig, check_ratio
 from ..errors import ConfigError, ModelError
-from ..sites import Site, find_sites
-from ..sites.capture import normalise_inputs
-from ..wrapping import is_gated, unwrap
+from ..sites import Site, find_sites, normalise_inputs
+from ..wrapping import GatedModel, is_gated, unwrap
 from .surgery import Importance, Surgeon, import_torch_pruning
 
 __all__ = ["StaticResult", "dense_copy", "prune_static"]
@@ -75,13 +74,14 @@ def prune_static(
     chosen, gate_counts = _sites_and_counts(model, sites, example_inputs)
     plan = _plan(chosen, gate_counts, ratio, counts, keep)
     wanted = {site.name: site for site in chosen if site.name in plan}
-    pruned = dense_copy(model)
-    with Surgeon(pruned, normalise_inputs(pruned, example_inputs)) as surgeon:
-        kept = {name: _kept(surgeon, site, plan[name], importance) for name, site in wanted.items()}
-        for name, site in wanted.items():
-            surgeon.remove(site, kept[name])
-        surgeon.check(wanted, kept)
-        surgeon.check_runs()
+    with torch.inference_mode(False):  # a copy made in inference mode could not be traced by autograd
+        pruned = dense_copy(model)
+        with Surgeon(pruned, normalise_inputs(pruned, example_inputs)) as surgeon:
+            kept = {name: _kept(surgeon, site, plan[name], importance) for name, site in wanted.items()}
+            for name, site in wanted.items():
+                surgeon.remove(site, kept[name])
+            surgeon.check(wanted, kept)
+            surgeon.check_runs()
     pruned.zero_grad(set_to_none=True)
     return StaticResult(pruned, kept)
 
@@ -99,21 +99,27 @@ def _sites_and_counts(
 ) -> tuple[list[Site], dict[str, int] | None]:
     """The sites to prune, and what their gates keep where a gated model told the sites."""
     teller = sites if isinstance(sites, nn.Module) else model if sites is None else None
-    if teller is not None and is_gated(teller):
-        gates = teller.gates
-        return [gate.site for gate in gates.values()], {
-            name: gate.active_count for name, gate in gates.items()
-        }
-    if isinstance(sites, nn.Module):
+    counts = None
+    if isinstance(teller, GatedModel):
+        found = [site for site in teller.gated_sites if site.kind == "inner"]
+        counts = {site.name: teller.gates[site.name].active_count for site in found}
+    elif isinstance(sites, nn.Module):
         raise ConfigError(
             "`sites` of prune_static() is a model without gates: pass find_sites(model), or wrap it first."
         )
-    found = list(find_sites(dense_copy(model), example_inputs) if sites is None else sites)
+    else:
+        found = list(find_sites(dense_copy(model), example_inputs) if sites is None else sites)
+    for site in found:
+        if site.kind != "inner":
+            raise ModelError(
+                f"The site {site.name} is on the residual stream, where torch-pruning can only remove a "
+                "channel from all producers at once: it has no static counterpart. Pass the inner sites."
+            )
     if not found:
         raise ModelError(
-            f"There is no site to prune in {type(model).__name__}: print find_sites(model) to see why."
+            f"{type(model).__name__} has no inner site to prune: print find_sites(model) to see why."
         )
-    return found, None
+    return found, counts
 
 
 def _plan(

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..sites import Site
-from ..sites.capture import evaluating
+from ..sites import Site, evaluating
 
 __all__ = ["Importance", "Surgeon", "import_torch_pruning"]
 
@@ -45,7 +44,8 @@ class Surgeon:
 
     def __init__(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
         self.model = model
-        self.arguments = arguments
+        # Tensors made in inference mode cannot enter autograd; their clones can.
+        self.arguments = tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def __enter__(self) -> Surgeon:
@@ -169,7 +169,7 @@ def _naming(site: Site, what: str) -> Iterator[None]:
 @contextmanager
 def _tracing(model: nn.Module) -> Iterator[None]:
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    with evaluating(model), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+    with evaluating(model), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of each parameter that torch-pruning was not asked to touch
         model.requires_grad_(True)
         try:

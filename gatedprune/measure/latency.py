@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..sites.capture import evaluating
+from ..sites import evaluating
 from .inputs import as_arguments, first_tensor
 
 __all__ = ["Latency", "measure_latency"]

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..gates import Gate
-from ..sites.capture import evaluating
+from ..sites import evaluating
 from .inputs import as_arguments, first_tensor
 
 __all__ = ["MacCount", "count_macs", "count_parameters", "flop_counter_macs"]
