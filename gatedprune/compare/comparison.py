@@ -26,7 +26,7 @@ from ..measure import (
     environment,
     measure_latency,
 )
-from ..sites import normalise_inputs
+from ..sites import evaluating, normalise_inputs
 from ..wrapping import is_gated, wrap
 from .equality import Equality, check_equality
 from .static import dense_copy, prune_static
@@ -273,7 +273,8 @@ def _inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
 def _metrics(evaluate: Evaluate | None, model: nn.Module) -> dict[str, float]:
     if evaluate is None:
         return {}
-    found = evaluate(model)
+    with evaluating(model):
+        found = evaluate(model)
     if not isinstance(found, Mapping):
         raise ConfigError(
             "`evaluate` of compare() must return a dict of names and numbers, such as {'top1': 76.1}. "

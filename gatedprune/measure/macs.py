@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..engine import CompactModel, NarrowConv2d, NarrowLinear, Selector
 from ..gates import Gate
 from ..sites import evaluating
 from .inputs import as_arguments, first_tensor
@@ -96,6 +97,8 @@ def count_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> MacCount:
     arguments = as_arguments(inputs, "count_macs()")
     batch = first_tensor(arguments).shape[0]
     model = copy.deepcopy(model)  # thop leaves buffers in what it profiles
+    if isinstance(model, CompactModel):
+        model.prepare(*arguments)  # makes the layers for this image size, if it has none yet
     with FlopCounterMode(display=False) as operators:
         ledger = _Ledger(model, operators)
         thop.profile(model, arguments, custom_ops=ledger.custom_ops(), verbose=False)
@@ -191,12 +194,29 @@ def _gate(module: Gate, inputs: tuple[Tensor], output: Any) -> int:
     return inputs[0].shape[0] * module.in_channels * module.channels
 
 
+def _selector(module: Selector, inputs: tuple[Tensor], output: Any) -> int:
+    return _gate(module.gate, inputs, output)  # a narrow input is spread to all channels first
+
+
+def _narrow_convolution(module: NarrowConv2d, inputs: tuple[Tensor], output: Tensor) -> int:
+    # The tensors are really narrow: their shapes tell what each sample's own channels cost.
+    read = inputs[0].shape[1] if module.groups == 1 else module.weight.shape[1]
+    return output.numel() * read * math.prod(module.kernel_size)
+
+
+def _narrow_linear(module: NarrowLinear, inputs: tuple[Tensor], output: Tensor) -> int:
+    return output.numel() * inputs[0].shape[-1]
+
+
 RULES: tuple[tuple[type, Rule], ...] = (
     (Gate, _gate),
+    (Selector, _selector),
+    (NarrowConv2d, _narrow_convolution),
+    (NarrowLinear, _narrow_linear),
     (_ConvNd, _convolution),
     (nn.Linear, _linear),
 )
-PREDICTORS: tuple[type, ...] = (Gate,)
+PREDICTORS = (Gate, Selector)
 
 
 def _rule_for(module: nn.Module) -> Rule | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gatedprune
 from gatedprune import prune_static
+from gatedprune.compare.surgery import Surgeon
 from gatedprune.errors import ConfigError, ModelError
 
 IMAGES = (2, 3, 64, 64)
@@ -244,24 +245,24 @@ def test_layers_left_wide_are_caught() -> None:
         prune_static(model, [greedy], ratio=0.5, example_inputs=images)
 
 
-class Literal(Joined):
-    """Has a channel count written into its forward pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.left(x)
-        return (
-            y.view(x.shape[0], 4, -1)[:, :1]
-            + self.last(self.norm(torch.cat([y, self.right(x)], 1)))[0, 0, 0, 0]
-        )
-
-
 def test_a_model_that_no_longer_runs_is_named() -> None:
-    images = torch.randn(1, 3, 8, 8)
-    sites = [site for site in gatedprune.find_sites(Joined(), images) if site.name == "left"]
-    with pytest.raises(
-        ModelError, match="Literal no longer runs after torch-pruning narrowed it: RuntimeError"
+    model = Joined()
+    with Surgeon(model, (torch.randn(1, 3, 8, 8),)) as surgeon:
+        model.last = nn.Conv2d(9, 5, 1)
+        with pytest.raises(
+            ModelError, match="Joined no longer runs after torch-pruning narrowed it: RuntimeError"
+        ):
+            surgeon.check_runs()
+
+
+def test_a_model_that_torch_pruning_cannot_trace_is_named() -> None:
+    model = Joined()
+    with (
+        pytest.raises(ModelError, match="torch-pruning cannot trace Joined"),
+        Surgeon(model, (torch.randn(1, 5, 8, 8),)),
     ):
-        prune_static(Literal(), sites, ratio=0.5, example_inputs=images)
+        pass
+    model(torch.randn(1, 3, 8, 8))
 
 
 def test_scores_must_be_one_a_channel() -> None:

@@ -48,9 +48,7 @@ def test_batch_size_does_not_matter() -> None:
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize(
-    "name", ["test_resnet.r160_in1k", "test_efficientnet.r160_in1k", "test_nfnet.r160_in1k"]
-)
+@pytest.mark.parametrize("family", ["resnet", "efficientnet", "nfnet"])
 def test_agrees_with_the_flop_counter_on_convolutional_models(family: str) -> None:
     # nfnet has timm's own convolution subclasses, which thop by itself does not see.
     model = timm.create_model(f"test_{family}.r160_in1k")
