@@ -1,0 +1,10 @@
+"""The engine: a model that computes only active channels.
+
+`compact` keeps one lowered graph per image size; `lowering` makes it out of the captured graph, with `layout` (which
+channels a narrow tensor holds) and `constants` (folding); `narrow` holds the operators, in plain PyTorch.
+"""
+
+from .compact import CompactModel, compact
+from .narrow import NarrowConv2d, NarrowLinear, Selector
+
+__all__ = ["CompactModel", "NarrowConv2d", "NarrowLinear", "Selector", "compact"]

@@ -1,0 +1,135 @@
+"""`compact`: the model that computes only the active channels."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+from ..errors import DataError, ModelError
+from ..gates import Gate
+from ..sites import analyse, capture, normalise_inputs
+from ..wrapping import GatedModel
+from .lowering import lower
+from .narrow import Selector
+
+__all__ = ["CompactModel", "compact"]
+
+
+def compact(gated: nn.Module, example_inputs: Any = None) -> CompactModel:
+    """The inference model of a gated one: it computes only the channels that win, for every input anew.
+
+    Batch norms are folded, weights of the winners gathered, and activations stay narrow between a site's layers. It
+    equals the gated model in eval mode up to rounding, takes any batch size and any device, and is a snapshot: training
+    the gated model further does not change it.
+
+    Args:
+        gated: What `gatedprune.wrap` returned. Left as it is.
+        example_inputs: A tensor (B, C, H, W) or a tuple of arguments to lower the model for at once; default: from the
+            timm configuration. Other image sizes are lowered when they first come (a second or two each).
+
+    Raises:
+        ModelError: The model is not gated, or cannot be traced.
+    """
+    if not isinstance(gated, GatedModel):
+        raise ModelError(f"compact() takes a model that gatedprune.wrap() returned. {type(gated).__name__} is not gated.")
+    model = CompactModel(gated)
+    model.prepare(*normalise_inputs(gated, example_inputs))
+    return model
+
+
+class CompactModel(nn.Module):
+    """Computes only active channels; made by `compact`. Evaluation only: gradients do not flow through it."""
+
+    def __init__(self, gated: GatedModel) -> None:
+        super().__init__()
+        source = copy.deepcopy(gated).eval().requires_grad_(False)
+        # Not a submodule: its parameters live on in the lowered graphs, and it is never called.
+        self.__dict__["_source"] = source
+        self._lowered = nn.ModuleDict()
+        self._last = ""
+        self.train(False)
+
+    def prepare(self, *args: Any) -> fx.GraphModule:
+        """Lower the model for arguments of these shapes (any batch size); done once for each image size."""
+        key = self._find(args)
+        if key is None:
+            key = self._lower(args)
+        self._last = key
+        return self._lowered[key]  # type: ignore[return-value]
+
+    def forward(self, *args: Any) -> Any:
+        """Like the gated model's: any batch size, including 0; every sample has its own active channels."""
+        if not args or not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
+            raise DataError("A compact model takes floating-point tensors such as (B, 3, H, W) images as positional arguments.")
+        with torch.no_grad():
+            if any(isinstance(a, Tensor) and a.dim() and not a.shape[0] for a in args):
+                # An empty batch has the shape of a full one without its samples.
+                one = tuple(a.new_zeros(1, *a.shape[1:]) if isinstance(a, Tensor) and a.dim() else a for a in args)
+                return tree_map(lambda y: y[:0] if isinstance(y, Tensor) else y, self.prepare(*one)(*one))
+            return self.prepare(*args)(*args)
+
+    @property
+    def last_active(self) -> dict[str, Tensor]:
+        """Site name → active set (B, k) of the last call."""
+        modules = self._lowered[self._last].modules() if self._last else ()
+        gates = {id(g): name for name, g in self.gates.items()}
+        return {gates[id(m.gate)]: m.last_active for m in modules if isinstance(m, Selector) and m.last_active is not None}
+
+    @property
+    def gates(self) -> dict[str, Gate]:
+        """Site name → gate of the snapshot."""
+        return self.__dict__["_source"].gates
+
+    def train(self, mode: bool = True) -> CompactModel:
+        """Evaluation only: ``mode`` True raises."""
+        if mode:
+            raise ModelError("A compact model is for inference. Train the gated model that it was made from, then compact() again.")
+        return super().train(False)
+
+    def _find(self, args: tuple) -> str | None:
+        return next((k for k in (_key(args, False), _key(args, True)) if k in self._lowered), None)
+
+    def _lower(self, args: tuple) -> str:
+        source: GatedModel = self.__dict__["_source"]
+        # Two samples: a graph captured for one could hold a batch of one as a constant.
+        example = tuple(a.new_zeros(2, *a.shape[1:]) if isinstance(a, Tensor) and a.dim() else a for a in args)
+        graph = capture(source, example, dynamic_batch=True)
+        free = all(isinstance(n.meta["val"].shape[0], torch.SymInt) for n in graph.graph.nodes
+                   if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim())  # fmt: skip
+        if not free:
+            graph = capture(source, args)
+        analysis = analyse(source._gatedprune_base.__name__, graph, stream=source.gate_config.stream)
+        missing = [s for s in source.gates if s not in analysis.sites]
+        if missing:
+            raise ModelError(
+                f"On inputs of shape {[tuple(a.shape) for a in args if isinstance(a, Tensor)]} the sites {missing[:3]} are gone: "
+                "the model was wrapped for another kind of input."
+            )
+        key = _key(args, not free)
+        self._lowered[key] = lower(analysis, source.gates).eval()
+        return key
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompactModel:
+        # .to(), .double(), .cuda(): convert the source, and lower again when next called.
+        self.__dict__["_source"]._apply(fn)
+        self._lowered.clear()
+        self._last = ""
+        return self
+
+    def __deepcopy__(self, memo: dict) -> CompactModel:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return new
+
+    def extra_repr(self) -> str:
+        return f"{self.__dict__['_source']._gatedprune_base.__name__}, {len(self.gates)} gates"
+
+
+def _key(args: tuple, with_batch: bool) -> str:
+    shapes = ["x".join(map(str, a.shape if with_batch else a.shape[1:])) if isinstance(a, Tensor) else repr(a) for a in args]
+    return ("batch:" if with_batch else "any:") + ",".join(shapes).replace(".", "_")

@@ -1,0 +1,236 @@
+"""Operators over active sets, in plain PyTorch: any device, any batch, every sample with its own channels.
+
+Indices are (B, n): which channels of the full tensor the n channels of a narrow one are, ascending. The weights of the
+winners are gathered per sample and an ordinary convolution or linear layer runs on the narrow tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import channel_gain, subsample
+from ..gates import Gate
+
+__all__ = ["AddInto", "ChannelGain", "ChannelIndex", "NarrowAffine", "NarrowConv2d", "NarrowLinear", "Selector", "Take", "Widen"]
+
+
+class Selector(nn.Module):
+    """The predictor and winner-takes-all of one site: (B, C_in, …) → active set (B, k) and gain (B, k).
+
+    The input may be narrow: then ``index`` (B, n) says which of the C_in channels it holds, and the others count as zero,
+    as they are in the masked model.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.gate = gate
+        self.last_active: Tensor | None = None
+
+    def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        s = subsample(x, self.gate.channel_dim)
+        if index is not None:
+            s = s.new_zeros(s.shape[0], self.gate.in_channels).scatter(1, index, s)
+        active, gain, _ = self.gate.select(s)
+        self.last_active = active
+        return active, gain
+
+
+class ChannelIndex(nn.Module):
+    """From active sets of sites to the active channels of one tensor whose channels belong to them.
+
+    Args:
+        tables: One (C, m) per site: the m channels of the tensor that belong to each of the site's C units.
+        fixed: Channels that belong to no gated site: always there.
+    """
+
+    def __init__(self, tables: list[Tensor], fixed: Tensor) -> None:
+        super().__init__()
+        for i, table in enumerate(tables):
+            self.register_buffer(f"table{i}", table)
+        self.register_buffer("fixed", fixed)
+
+    def forward(self, *active: Tensor) -> Tensor:
+        parts = [getattr(self, f"table{i}")[a].flatten(1) for i, a in enumerate(active)]
+        fixed: Tensor = self.fixed  # type: ignore[assignment]
+        if fixed.numel():
+            parts.append(fixed.expand(active[0].shape[0], -1))
+        return torch.cat(parts, 1).sort(dim=1).values
+
+
+class ChannelGain(nn.Module):
+    """Gain per channel of a tensor, (B, n): full, or of the channels that ``index`` names."""
+
+    def __init__(self, units: list[Tensor], channels: list[int]) -> None:
+        super().__init__()
+        self.channels = channels
+        for i, u in enumerate(units):
+            self.register_buffer(f"units{i}", u)
+
+    def forward(self, index: Tensor | None, *selections: Tensor) -> Tensor:
+        """``selections``: active set and gain of each site in turn."""
+        out = None
+        for i, channels in enumerate(self.channels):
+            active, gain = selections[2 * i], selections[2 * i + 1]
+            one = channel_gain(gain, active, getattr(self, f"units{i}"), channels)
+            out = one if out is None else out * one
+        assert out is not None
+        return out if index is None else out.gather(1, index)
+
+
+def scale_channels(x: Tensor, gain: Tensor, dim: int) -> Tensor:
+    """x · gain along ``dim``; gain is (B, n)."""
+    view = [1] * x.dim()
+    view[0], view[dim] = gain.shape
+    return x * gain.to(x.dtype).view(view)
+
+
+def _per_sample(x: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Run sample by sample, since each has its own weights; one sample is not copied."""
+    if x.shape[0] == 1:
+        return run(x, 0)
+    return torch.cat([run(x[b : b + 1], b) for b in range(x.shape[0])])
+
+
+class NarrowConv2d(nn.Module):
+    """A convolution over active sets, its batch norm folded in.
+
+    Args:
+        weight: (C_out, C_in/groups, kh, kw), full. bias: (C_out,) or None.
+
+    Forward:
+        x: (B, n_in, H, W). in_index: (B, n_in) or None for all (with groups: not needed). out_index: (B, n_out) or None.
+        gain: (B, n_out) or None, multiplied on the output (on the gathered weights, which are smaller).
+        Returns (B, n_out, H', W').
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...] | str,
+                 dilation: tuple[int, ...], groups: int) -> None:  # fmt: skip
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.kernel_size = tuple(weight.shape[2:])
+
+    def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+        groups = 1 if self.groups == 1 else x.shape[1] // self.weight.shape[1]
+
+        def run(one: Tensor, b: int) -> Tensor:
+            w, c = gather_rows(self.weight, self.bias, in_index, out_index, gain, b, grouped=self.groups != 1)
+            return F.conv2d(one, w, c, self.stride, self.padding, self.dilation, groups)
+
+        return _per_sample(x, run)
+
+    def extra_repr(self) -> str:
+        out, into = self.weight.shape[0], self.weight.shape[1] * self.groups
+        return f"{into}, {out}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}"
+
+
+class NarrowLinear(nn.Module):
+    """A linear layer over active sets; x is (B, …, n_in), the rest as in `NarrowConv2d`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+        def run(one: Tensor, b: int) -> Tensor:
+            return F.linear(one, *gather_rows(self.weight, self.bias, in_index, out_index, gain, b))
+
+        return _per_sample(x, run)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+def gather_rows(weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, gain: Tensor | None,
+                b: int, *, grouped: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Weight and bias of sample ``b``: the winners' rows, the active columns, the gain multiplied in."""
+    if out_index is not None:
+        weight = weight.index_select(0, out_index[b])
+        bias = None if bias is None else bias.index_select(0, out_index[b])
+    if in_index is not None and not grouped:
+        weight = weight.index_select(1, in_index[b])
+    if gain is not None:
+        g = gain[b].to(weight.dtype)
+        weight = weight * g.view(-1, *[1] * (weight.dim() - 1))
+        bias = None if bias is None else bias * g
+    return weight, bias
+
+
+class NarrowAffine(nn.Module):
+    """A batch norm in eval mode on a tensor whose active channels ``index`` names: x · scale + shift."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        scale: Tensor = self.scale  # type: ignore[assignment]
+        shift: Tensor = self.shift  # type: ignore[assignment]
+        scale, shift = (scale[None], shift[None]) if index is None else (scale[index], shift[index])
+        view = (*scale.shape, *[1] * (x.dim() - 2))
+        return torch.addcmul(shift.view(view), x, scale.view(view))
+
+
+def _index_shape(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    view = [1] * x.dim()
+    view[0], view[dim] = index.shape
+    return index.view(view)
+
+
+class Widen(nn.Module):
+    """Back to all channels: suppressed ones are zero."""
+
+    def __init__(self, dim: int, channels: int) -> None:
+        super().__init__()
+        self.dim, self.channels = dim, channels
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        shape = list(x.shape)
+        shape[self.dim] = self.channels
+        out = x.new_zeros(shape)
+        for b in range(x.shape[0]):
+            out[b].index_copy_(self.dim - 1, index[b], x[b])
+        return out
+
+
+class Take(nn.Module):
+    """The active channels of a full tensor."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        shape = list(x.shape)
+        shape[0], shape[self.dim] = index.shape
+        return x.expand(index.shape[0], *x.shape[1:]).gather(self.dim, _index_shape(x, index, self.dim).expand(shape))
+
+
+class AddInto(nn.Module):
+    """The residual addition of a narrow branch to the full stream: only the winners' channels are touched.
+
+    ``inplace`` where nobody else needs the stream as it was before.
+    """
+
+    def __init__(self, dim: int, inplace: bool) -> None:
+        super().__init__()
+        self.dim, self.inplace = dim, inplace
+
+    def forward(self, full: Tensor, x: Tensor, index: Tensor) -> Tensor:
+        out = full if self.inplace else full.clone()
+        for b in range(x.shape[0]):
+            out[b].index_add_(self.dim - 1, index[b], x[b])
+        return out
