@@ -106,7 +106,7 @@ class Comparison:
     def __str__(self) -> str:
         dense = self.rows[0]
         metrics = list(dict.fromkeys(name for row in self.rows for name in row.metrics))
-        table = [["", "MMACs", "predictors", "M params", "ms", "p20–p80", "MACs ×", "time ×", *metrics]]
+        table = [["", "MMACs", "predictors", "M params", "ms", "p20–p80", "MACs/dense", "ms/dense", *metrics]]
         for row in self.rows:
             latency = row.latency
             table.append([
@@ -231,7 +231,7 @@ def compare_models(
         ModelError: The compact model does not equal the masked one.
         ImportError: thop is not installed (`pip install gatedprune[compare]`).
     """
-    if not is_gated(gated):
+    if not isinstance(gated, GatedModel):
         raise ConfigError(
             "`gated` of compare_models() has no gates: pass a model that gatedprune.wrap returned."
         )

@@ -165,7 +165,7 @@ class _Ledger:
             return
         path = self.paths[module]
         macs = rule(module, inputs, output)
-        module.total_ops += macs
+        module.get_buffer("total_ops").add_(macs)
         self.by_rule[path] += macs
         seen = (self.operators.get_total_flops() - before) // 2
         self.by_operators[path] += seen
