@@ -27,7 +27,7 @@ from ..measure import (
     measure_latency,
 )
 from ..sites import evaluating, normalise_inputs
-from ..wrapping import is_gated, wrap
+from ..wrapping import GatedModel, is_gated, wrap
 from .equality import Equality, check_equality
 from .static import dense_copy, prune_static
 from .surgery import Importance
