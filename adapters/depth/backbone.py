@@ -27,8 +27,10 @@ def build_backbone(
     Args:
         name: a timm model name, with or without a pretrained tag.
         pretrained: fetch timm's weights from the Hugging Face hub.
-        weights: a local checkpoint of the *classification* model (.pth, .safetensors, .npz), instead of the hub.
-        options: further keywords of `timm.create_model`, e.g. `{"img_size": (224, 320)}` for a fixed-size model.
+        weights: a local checkpoint of the *classification* model (.pth, .safetensors, .npz), instead of the
+            hub.
+        options: further keywords of `timm.create_model`, e.g. `{"img_size": (224, 320)}` for a fixed-size
+            model.
 
     Raises:
         ModelError: timm has no such model, or it cannot give feature maps.
@@ -48,7 +50,8 @@ def build_backbone(
         _create(name, keywords)  # raises ModelError where the model itself is the problem, not its weights
         raise CheckpointError(
             f"The pretrained weights of {name!r} cannot be had from the hub ({_first_line(error)}). "
-            "Check the connection, or give a local checkpoint (weights=FILE, on the command line --weights FILE), "
+            "Check the connection, or give a local checkpoint (weights=FILE, on the command line --weights "
+            "FILE), "
             "or start from random weights (pretrained=False, on the command line --no-pretrained)."
         ) from error
 
@@ -65,12 +68,14 @@ def _create(name: str, keywords: Mapping[str, Any]) -> nn.Module:
 
 def _load_from_file(name: str, path: str, keywords: Mapping[str, Any]) -> nn.Module:
     if not os.path.isfile(path):
-        raise CheckpointError(f"The weights file {path} does not exist. Give the path of a checkpoint of {name!r}.")
+        raise CheckpointError(
+            f"The weights file {path} does not exist. Give the path of a checkpoint of {name!r}."
+        )
     overlay: dict[str, Any] = {"file": path}
     if not path.endswith(".npz"):
         overlay["custom_load"] = False
-    # timm loads feature extractors non-strictly: a file of another architecture would be accepted in silence. Weights
-    # that still equal the same seed's fresh ones were not in the file.
+    # timm loads feature extractors non-strictly: a file of another architecture would be accepted in silence.
+    # Weights that still equal the same seed's fresh ones were not in the file.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fresh = _create(name, keywords)
@@ -79,9 +84,12 @@ def _load_from_file(name: str, path: str, keywords: Mapping[str, Any]) -> nn.Mod
             loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **keywords)
         except Exception as error:
             raise CheckpointError(
-                f"{path} is not a checkpoint of {name!r}: {_first_line(error)}. Give a file saved from that timm model."
+                f"{path} is not a checkpoint of {name!r}: {_first_line(error)}. Give a file saved from that "
+                "timm model."
             ) from error
-    untouched = [key for key, value in fresh.named_parameters() if _same_random(value, loaded.get_parameter(key))]
+    untouched = [
+        key for key, value in fresh.named_parameters() if _same_random(value, loaded.get_parameter(key))
+    ]
     if untouched:
         raise CheckpointError(
             f"{path} is not a checkpoint of {name!r}: it holds no values for {len(untouched)} of its weights "

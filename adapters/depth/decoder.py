@@ -14,7 +14,8 @@ __all__ = ["BilinearDecoder", "UpStage"]
 class UpStage(nn.Module):
     """Up-sample bilinearly to a given size, append the skip, then twice conv 3x3, batch norm, ReLU.
 
-    The six layers are modules of their own, so that each convolution with its norm is a site that can be gated.
+    The six layers are modules of their own, so that each convolution with its norm is a site that can be
+    gated.
     """
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
@@ -27,7 +28,9 @@ class UpStage(nn.Module):
         self.act2 = nn.ReLU()
 
     def forward(self, x: Tensor, size: Sequence[int], skip: Tensor | None = None) -> Tensor:
-        """Map x (B, C_in, h, w) and skip (B, C_skip, H, W) or None to (B, C_out, H, W), where (H, W) = `size`."""
+        """Map x (B, C_in, h, w) and skip (B, C_skip, H, W) or None to (B, C_out, H, W), where (H, W) =
+        `size`.
+        """
         x = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
@@ -38,11 +41,13 @@ class UpStage(nn.Module):
 class BilinearDecoder(nn.Module):
     """One stage for each skip, then stages without one until the input's size is reached.
 
-    A ResNet gives maps at strides 2, 4, 8, 16 and 32: four stages with a skip and one without, the five of the paper.
+    A ResNet gives maps at strides 2, 4, 8, 16 and 32: four stages with a skip and one without, the five of
+        the paper.
 
     Args:
         feature_channels: channels of the encoder's maps, finest first.
-        widths: output channels of each stage, coarsest first: one for each skip, then one for each plain stage.
+        widths: output channels of each stage, coarsest first: one for each skip, then one for each plain
+            stage.
     """
 
     def __init__(self, feature_channels: Sequence[int], widths: Sequence[int]) -> None:
@@ -54,7 +59,9 @@ class BilinearDecoder(nn.Module):
         self.stages = nn.ModuleList(map(UpStage, inputs, skips, widths))
 
     def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Fuse feature maps (B, C_i, H_i, W_i), finest first, into (B, widths[-1], H, W), where (H, W) = `size`."""
+        """Fuse feature maps (B, C_i, H_i, W_i), finest first, into (B, widths[-1], H, W), where (H, W) =
+        `size`.
+        """
         x = features[-1]
         skips: list[Tensor | None] = [*reversed(features[:-1])]
         sizes = [skip.shape[-2:] for skip in reversed(features[:-1])]

@@ -14,7 +14,8 @@ def berhu(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, sha
     """Return the reverse Huber loss of equation 3 of the depth-pruning paper (after Laina et al., 2016).
 
     An error e costs |e| up to the threshold c, and (e² + c²) / 2c beyond it. c is `share` times the largest
-    absolute error among the valid pixels of this batch; it is recomputed at every call and carries no gradient.
+    absolute error among the valid pixels of this batch; it is recomputed at every call and carries no
+    gradient.
 
     Args:
         prediction: predicted depth in metres, (B, 1, H, W) or any other shape.
@@ -37,9 +38,13 @@ def berhu(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, sha
     error = (prediction - target)[mask].abs()
     if error.numel() == 0:
         raise DataError(
-            "berhu() got a batch without a single valid ground-truth pixel: check the depth maps and the mask."
+            "berhu() got a batch without a single valid ground-truth pixel: check the depth maps and the "
+            "mask."
         )
     threshold = share * error.detach().max()
-    # At a perfect fit the threshold is 0 and its branch is never taken; the clamp keeps 0/0 out of the gradient.
-    quadratic = (error.square() + threshold.square()) / (2 * threshold.clamp_min(torch.finfo(error.dtype).tiny))
+    # At a perfect fit the threshold is 0 and its branch is never taken; the clamp keeps 0/0 out of the
+    # gradient.
+    quadratic = (error.square() + threshold.square()) / (
+        2 * threshold.clamp_min(torch.finfo(error.dtype).tiny)
+    )
     return torch.where(error <= threshold, error, quadratic).mean()

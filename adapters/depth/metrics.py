@@ -1,7 +1,8 @@
-"""Depth metrics: equations 9-12 of the depth-pruning paper, plus the squared relative and scale-invariant errors.
+"""Depth metrics: equations 9-12 of the depth-pruning paper, plus the squared relative and scale-invariant
+errors.
 
-Each metric takes the valid pixels of *one image* as flat tensors in metres. A data set's number is the mean over its
-images (`MetricAverage`), so an image with few ground-truth pixels counts as much as one with many.
+Each metric takes the valid pixels of *one image* as flat tensors in metres. A data set's number is the mean
+over its images (`MetricAverage`), so an image with few ground-truth pixels counts as much as one with many.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def sq_rel(prediction: Tensor, target: Tensor) -> Tensor:
 def rms_log(prediction: Tensor, target: Tensor) -> Tensor:
     """Root mean squared error of the natural logarithms (equation 11).
 
-    The equation is printed with log10; the numbers it is compared with in the literature (0.282 for Eigen et al. and
-    so on) are natural logarithms, and so is this. Divide by ln 10 = 2.3026 for the printed form.
+    The equation is printed with log10; the numbers it is compared with in the literature (0.282 for Eigen et
+    al. and so on) are natural logarithms, and so is this. Divide by ln 10 = 2.3026 for the printed form.
     """
     return (prediction.log() - target.log()).square().mean().sqrt()
 
@@ -80,13 +81,16 @@ def depth_metrics(prediction: Tensor, target: Tensor, mask: Tensor | None = None
     """
     if prediction.shape != target.shape:
         raise DataError(
-            f"depth_metrics() compares maps of one shape. Got prediction {tuple(prediction.shape)} and target "
+            f"depth_metrics() compares maps of one shape. Got prediction {tuple(prediction.shape)} and "
+            "target "
             f"{tuple(target.shape)}: resize the prediction to the ground truth's size first."
         )
     mask = target > 0 if mask is None else mask
     prediction, target = prediction[mask].double(), target[mask].double()
     if target.numel() == 0:
-        raise DataError("depth_metrics() got an image without a valid ground-truth pixel: leave it out and count it.")
+        raise DataError(
+            "depth_metrics() got an image without a valid ground-truth pixel: leave it out and count it."
+        )
     for name, depth in (("prediction", prediction), ("target", target)):
         if not bool((torch.isfinite(depth) & (depth > 0)).all()):
             raise DataError(

@@ -23,7 +23,8 @@ NARROWEST_STAGE = 16
 
 
 class DepthModel(nn.Module):
-    """Encoder-decoder for monocular depth: RGB in [0, 1] in, metres in [min_depth, max_depth] out, the same size.
+    """Encoder-decoder for monocular depth: RGB in [0, 1] in, metres in [min_depth, max_depth] out, the same
+    size.
 
     The encoder is any timm backbone that gives feature maps; pool and classifier are dropped. The images are
     normalised inside, with the mean and standard deviation of the backbone's own pretraining.
@@ -32,11 +33,11 @@ class DepthModel(nn.Module):
         backbone: a timm model name, or a module with timm's `feature_info` (`features_only=True`).
         pretrained: fetch the backbone's weights from the hub (only with a name).
         weights: a local checkpoint of the timm classification model instead (only with a name).
-        decoder_channels: output channels of the decoder's stages, coarsest first; or one number: the first stage's
-            width, which then halves at each stage down to 16. Five stages for a backbone whose maps have strides
-            2, 4, 8, 16 and 32.
-        min_depth, max_depth: bounds of the output in metres. The head is a sigmoid on the logarithm of depth between
-            them, so an untrained model starts at their geometric mean.
+        decoder_channels: output channels of the decoder's stages, coarsest first; or one number: the first
+            stage's width, which then halves at each stage down to 16. Five stages for a backbone whose maps
+            have strides 2, 4, 8, 16 and 32.
+        min_depth, max_depth: bounds of the output in metres. The head is a sigmoid on the logarithm of depth
+            between them, so an untrained model starts at their geometric mean.
         backbone_options: further keywords of `timm.create_model`, e.g. `{"img_size": (224, 320)}`.
 
     Raises:
@@ -60,17 +61,21 @@ class DepthModel(nn.Module):
         super().__init__()
         if not 0 < min_depth < max_depth < math.inf:
             raise ConfigError(
-                f"DepthModel needs 0 < min_depth < max_depth, both in metres. Got {min_depth} and {max_depth}."
+                f"DepthModel needs 0 < min_depth < max_depth, both in metres. Got {min_depth} and "
+                f"{max_depth}."
             )
         if isinstance(backbone, nn.Module):
             if pretrained or weights is not None or backbone_options:
                 raise ConfigError(
-                    "`pretrained`, `weights` and `backbone_options` only apply when `backbone` is a timm name. "
+                    "`pretrained`, `weights` and `backbone_options` only apply when `backbone` is a timm "
+                    "name. "
                     "Load the weights into the module before giving it to DepthModel."
                 )
             self.backbone = backbone
         else:
-            self.backbone = build_backbone(backbone, pretrained=pretrained, weights=weights, options=backbone_options)
+            self.backbone = build_backbone(
+                backbone, pretrained=pretrained, weights=weights, options=backbone_options
+            )
         self.min_depth, self.max_depth = float(min_depth), float(max_depth)
         self.feature_channels, reductions = feature_layout(self.backbone)
         # Strides that remain above the finest map are undone by stages without a skip.
@@ -98,7 +103,8 @@ class DepthModel(nn.Module):
         if logit.shape[-2:] != size:  # a backbone with a full-size map that is cropped or padded
             logit = F.interpolate(logit, size=tuple(size), mode="bilinear", align_corners=False)
         span = math.log(self.max_depth / self.min_depth)
-        # The clamp only undoes the rounding of exp(), which could step over a bound by one unit in the last place.
+        # The clamp only undoes the rounding of exp(), which could step over a bound by one unit in the last
+        # place.
         return (self.min_depth * torch.exp(span * torch.sigmoid(logit))).clamp(self.min_depth, self.max_depth)
 
 
@@ -109,7 +115,8 @@ def _stage_widths(channels: int | Sequence[int], stages: int) -> list[int]:
         widths = list(channels)
     if len(widths) != stages or any(not isinstance(w, int) or w < 1 for w in widths):
         raise ConfigError(
-            f"The `decoder_channels` of this DepthModel must be a positive int or {stages} of them, one for each "
+            f"The `decoder_channels` of this DepthModel must be a positive int or {stages} of them, one for "
+            "each "
             f"up-sampling stage, coarsest first. Got {channels!r}."
         )
     return widths
@@ -118,7 +125,8 @@ def _stage_widths(channels: int | Sequence[int], stages: int) -> list[int]:
 def _check_image(image: Tensor) -> None:
     if not isinstance(image, Tensor):
         raise DataError(
-            f"DepthModel takes a float tensor of images (B, 3, H, W), RGB in [0, 1]. Got {type(image).__name__}."
+            f"DepthModel takes a float tensor of images (B, 3, H, W), RGB in [0, 1]. Got "
+            f"{type(image).__name__}."
         )
     if image.ndim != 4 or image.shape[1] != 3:
         raise DataError(

@@ -1,1 +1,3 @@
-"""The paper's depth network on KITTI: data, training, evaluation, prediction, comparison (`python -m` this package)."""
+"""The paper's depth network on KITTI: data, training, evaluation, prediction, comparison (`python -m` this
+package).
+"""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-__all__ = ["Augmentation"]
+__all__ = ["AUGMENTATIONS", "Augmentation"]
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -16,8 +16,8 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 class Augmentation:
     """Random flip, rotation, zoom and colour; the defaults are the paper's.
 
-    Calling it maps an image, RGB float32 (H, W, 3) in [0, 1], and its depth in metres, float32 (H, W) with 0 for no
-    value, to a pair of the same sizes. All randomness comes from the generator it is given.
+    Calling it maps an image, RGB float32 (H, W, 3) in [0, 1], and its depth in metres, float32 (H, W) with 0
+    for no value, to a pair of the same sizes. All randomness comes from the generator it is given.
     """
 
     flip: float = 0.6
@@ -37,7 +37,9 @@ class Augmentation:
         flip = random.random() < self.flip
         angle = random.uniform(-self.rotation, self.rotation)
         image, depth = transform(image, depth, flip=flip, angle=angle, scale=random.uniform(*self.scale))
-        brightness, contrast, saturation = random.uniform(1 - self.jitter, 1 + self.jitter, 3).astype(np.float32)
+        brightness, contrast, saturation = random.uniform(1 - self.jitter, 1 + self.jitter, 3).astype(
+            np.float32
+        )
         image = image * brightness
         image = _blend(image, np.float32((image @ LUMA).mean()), contrast)
         image = _blend(image, (image @ LUMA)[..., None], saturation)
@@ -50,15 +52,19 @@ def transform(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mirror, then rotate by `angle` degrees and zoom by `scale` about the centre; sizes stay.
 
-    The image is interpolated and reflected at the border. Depth takes the nearest value, has none beyond the border,
-    and is divided by `scale`.
+    The image is interpolated and reflected at the border. Depth takes the nearest value, has none beyond the
+    border, and is divided by `scale`.
     """
     if flip:
         image, depth = image[:, ::-1], depth[:, ::-1]
     height, width = depth.shape
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, scale)
     image = cv2.warpAffine(
-        np.ascontiguousarray(image), matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
+        np.ascontiguousarray(image),
+        matrix,
+        (width, height),
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REFLECT_101,
     )
     depth = cv2.warpAffine(np.ascontiguousarray(depth), matrix, (width, height), flags=cv2.INTER_NEAREST)
     return image, depth / np.float32(scale)
@@ -66,3 +72,11 @@ def transform(
 
 def _blend(image: np.ndarray, other: np.ndarray | np.float32, amount: np.float32) -> np.ndarray:
     return other + amount * (image - other)
+
+
+AUGMENTATIONS: dict[str, Augmentation | None] = {
+    "paper": Augmentation(),
+    "mild": Augmentation(flip=0.5, rotation=2.0, scale=(1.0, 1.2), jitter=0.2, rgb=(0.9, 1.1)),
+    "none": None,
+}
+"""By name. "mild" is for short training on few frames, where the paper's is more than can be learnt."""

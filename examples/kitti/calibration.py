@@ -15,8 +15,8 @@ __all__ = ["camera_projection", "object_projection", "raw_projection", "velodyne
 def raw_projection(date_folder: str | os.PathLike[str], camera: int = 2) -> np.ndarray:
     """Return P_rect · R_rect_00 · (R | T) of the raw layout, (3, 4) float64.
 
-    It takes a homogeneous Velodyne point (x, y, z, 1) in metres to (u·w, v·w, w), where (u, v) is the pixel in the
-    rectified image and w is the depth in metres along the camera's axis.
+    It takes a homogeneous Velodyne point (x, y, z, 1) in metres to (u·w, v·w, w), where (u, v) is the pixel
+    in the rectified image and w is the depth in metres along the camera's axis.
 
     Args:
         date_folder: the folder with `calib_cam_to_cam.txt` and `calib_velo_to_cam.txt`.
@@ -35,8 +35,13 @@ def camera_projection(date_folder: str | os.PathLike[str], camera: int = 2) -> n
 
 
 def velodyne_pose(date_folder: str | os.PathLike[str]) -> np.ndarray:
-    """Return R_rect_00 · (R | T), (4, 4): from the Velodyne's axes to the rectified axes of camera 0, in metres."""
-    cameras, velodyne = Path(date_folder) / "calib_cam_to_cam.txt", Path(date_folder) / "calib_velo_to_cam.txt"
+    """Return R_rect_00 · (R | T), (4, 4): from the Velodyne's axes to the rectified axes of camera 0, in
+    metres.
+    """
+    cameras, velodyne = (
+        Path(date_folder) / "calib_cam_to_cam.txt",
+        Path(date_folder) / "calib_velo_to_cam.txt",
+    )
     rectify = _homogeneous(_matrix(_read_entries(cameras), "R_rect_00", (3, 3), cameras))
     entries = _read_entries(velodyne)
     rotation, translation = _matrix(entries, "R", (3, 3), velodyne), _matrix(entries, "T", (3, 1), velodyne)
@@ -57,7 +62,8 @@ def _read_entries(path: Path) -> dict[str, str]:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"The calibration file {path} is missing or unreadable. KITTI ships it with each date (raw) or frame "
+            f"The calibration file {path} is missing or unreadable. KITTI ships it with each date (raw) or "
+            "frame "
             "(object): fetch the calibration files too, and keep them in KITTI's layout."
         ) from error
     return {key.strip(): value for key, colon, value in (line.partition(":") for line in lines) if colon}

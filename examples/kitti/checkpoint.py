@@ -70,10 +70,14 @@ class ModelSpec:
         """Read what `to_json` wrote."""
         values = json.loads(text)
         values.pop("format")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
 
     def differences(self, other: ModelSpec) -> list[str]:
-        """Name the fields in which two models differ in their weights' shapes, as `field: mine, not theirs`."""
+        """Name the fields in which two models differ in their weights' shapes, as `field: mine, not
+        theirs`.
+        """
         fields = ("backbone", "decoder_channels", "gates")
         return [
             f"{field}: {getattr(self, field)}, not {getattr(other, field)}"
@@ -100,7 +104,9 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[str], object]) -
 
 def save_model(path: str | os.PathLike[str], model: nn.Module, spec: ModelSpec) -> None:
     """Write weights and spec as one safetensors file, atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
+    }
     atomic_write(path, lambda temporary: save_file(tensors, temporary, {SPEC_KEY: spec.to_json()}))
 
 
@@ -125,12 +131,14 @@ def read_spec(path: str | os.PathLike[str], *, backbone: str | None = None) -> M
         spec = ModelSpec.from_json(text or "")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} does not say which depth model it holds. Give a model.safetensors written by `train`; weights "
+            f"{path} does not say which depth model it holds. Give a model.safetensors written by `train`; "
+            "weights "
             "of a backbone alone go to --weights."
         ) from error
     if backbone is not None and backbone != spec.backbone:
         raise CheckpointError(
-            f"The checkpoint {path} holds a depth model on {spec.backbone!r}, but {backbone!r} was asked for. "
+            f"The checkpoint {path} holds a depth model on {spec.backbone!r}, but {backbone!r} was asked "
+            "for. "
             f"Leave out --backbone, or use a checkpoint of {backbone!r}."
         )
     return spec
@@ -146,7 +154,8 @@ def load_model(path: str | os.PathLike[str], *, backbone: str | None = None) -> 
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(
-            f"The weights in {path} do not fit the {spec.backbone!r} depth model that it says it holds: {error}. "
+            f"The weights in {path} do not fit the {spec.backbone!r} depth model that it says it holds: "
+            f"{error}. "
             "It was written by another version, or damaged."
         ) from error
     return model.eval(), spec
@@ -174,7 +183,8 @@ def load_state(path: str | os.PathLike[str], spec: ModelSpec) -> dict[str, Any]:
         ) from error
     if differences := saved.differences(spec):
         raise CheckpointError(
-            f"The training state {path} is of another model ({'; '.join(differences)}). Resume with the options it "
+            f"The training state {path} is of another model ({'; '.join(differences)}). Resume with the "
+            "options it "
             "was started with, or give another output folder."
         )
     return state

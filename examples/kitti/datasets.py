@@ -33,8 +33,8 @@ class DepthDataset(Dataset):
         image_size: height and width to which a frame is resized, and at which it is augmented.
         input_size: height and width of the samples.
         augmentation: None gives the frames as they are.
-        seed: of the augmentation. A sample depends on the seed, the epoch and its index, and on nothing else: neither
-            on the number of workers, nor on what was drawn before. That is what makes resuming exact.
+        seed: of the augmentation. A sample depends on the seed, the epoch and its index, and on nothing else:
+            neither on the number of workers, nor on what was drawn before. That is what makes resuming exact.
         cache: keep the resized frames in memory (2.1 MB each at 640x480).
     """
 
@@ -65,7 +65,9 @@ class DepthDataset(Dataset):
             image, depth = self.augmentation(image, depth, random)
         image = resize_image(image, self.input_size)
         depth = resize_sparse(depth, self.input_size)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(depth)[None].contiguous()
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(depth)[
+            None
+        ].contiguous()
 
     def _resized(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if self._cache is not None and index in self._cache:

@@ -24,7 +24,9 @@ CROPS: dict[str, tuple[float, float, float, float]] = {
     "eigen": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
     "none": (0.0, 1.0, 0.0, 1.0),
 }
-"""Crop -> first and last row, first and last column, as shares of the image (Garg et al. 2016, Eigen et al. 2014)."""
+"""Crop -> first and last row, first and last column, as shares of the image (Garg et al. 2016, Eigen et al.
+2014).
+"""
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,15 @@ class Evaluation:
 
     def describe(self) -> str:
         """Return the protocol in words."""
-        left_out = f", {self.without_ground_truth} more left out (no valid pixel)" if self.without_ground_truth else ""
+        left_out = (
+            f", {self.without_ground_truth} more left out (no valid pixel)"
+            if self.without_ground_truth
+            else ""
+        )
         return (
             f"{self.images} images{left_out}; ground truth: {self.source}; crop: {self.protocol.crop}; "
-            f"cap: {self.protocol.cap:g} m; compared at the ground truth's resolution ({self.resolution}), predictions "
+            f"cap: {self.protocol.cap:g} m; compared at the ground truth's resolution ({self.resolution}), "
+            "predictions "
             "resized bilinearly; no median scaling, no flip averaging; metrics per image, then averaged"
         )
 
@@ -86,11 +93,17 @@ class Evaluation:
 def predict_depth(
     model: nn.Module, image: np.ndarray, image_size: tuple[int, int], input_size: tuple[int, int]
 ) -> np.ndarray:
-    """Predict the depth of an RGB uint8 image (H, W, 3): float32 (H, W) in metres, at the image's own size."""
+    """Predict the depth of an RGB uint8 image (H, W, 3): float32 (H, W) in metres, at the image's own
+    size.
+    """
     device = next(model.parameters()).device
     with torch.inference_mode():
         depth = model(network_input(image, image_size, input_size).to(device))
-        return F.interpolate(depth, size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
+        return (
+            F.interpolate(depth, size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
+            .cpu()
+            .numpy()
+        )
 
 
 def evaluate(
@@ -111,7 +124,8 @@ def evaluate(
         frames: what to evaluate on.
         image_size, input_size: as in training.
         protocol: default: Garg crop, 80 m.
-        see: called with index, image, ground truth and prediction of every frame, e.g. to keep some for a picture.
+        see: called with index, image, ground truth and prediction of every frame, e.g. to keep some for a
+            picture.
 
     Raises:
         DataError: a file is damaged, or no frame has a pixel that counts.
@@ -131,4 +145,11 @@ def evaluate(
             continue
         limited = np.clip(prediction, protocol.floor, protocol.cap)
         average.add(depth_metrics(*map(torch.from_numpy, (limited, truth, mask))))
-    return Evaluation(average.result(), average.count, empty, ground_truth_source(frames), ", ".join(sorted(sizes)), protocol)
+    return Evaluation(
+        average.result(),
+        average.count,
+        empty,
+        ground_truth_source(frames),
+        ", ".join(sorted(sizes)),
+        protocol,
+    )

@@ -1,10 +1,12 @@
-"""The three folder layouts in which KITTI is published, as lists of frames, and the split files that choose from them.
+"""The three folder layouts in which KITTI is published, as lists of frames, and the split files that choose
+from them.
 
-- raw: `DATE/DRIVE_sync/image_02/data/N.png`, `DATE/DRIVE_sync/velodyne_points/data/N.bin`, `DATE/calib_*.txt`; ground
-  truth from the scans, or official annotated maps (`[train|val]/DRIVE_sync/proj_depth/groundtruth/image_02/N.png`).
+- raw: `DATE/DRIVE_sync/image_02/data/N.png`, `DATE/DRIVE_sync/velodyne_points/data/N.bin`,
+  `DATE/calib_*.txt`; ground truth from the scans, or official annotated maps
+  (`[train|val]/DRIVE_sync/proj_depth/groundtruth/image_02/N.png`).
 - object: `image_2/N.png`, `velodyne/N.bin`, `calib/N.txt` (in `training/`).
-- annotated: pairs of images and depth PNGs: `rgb/N.png` and `depth/N.png`, or KITTI's `depth_selection` folders
-  (`image/...`, `groundtruth_depth/...`).
+- annotated: pairs of images and depth PNGs: `rgb/N.png` and `depth/N.png`, or KITTI's `depth_selection`
+  folders (`image/...`, `groundtruth_depth/...`).
 """
 
 from __future__ import annotations
@@ -43,11 +45,14 @@ class Frame:
 
     def missing(self) -> list[Path]:
         """Return the files of this frame that do not exist (the calibration is checked when it is read)."""
-        return [path for path in (self.image, self.depth, self.scan) if path is not None and not path.is_file()]
+        return [
+            path for path in (self.image, self.depth, self.scan) if path is not None and not path.is_file()
+        ]
 
 
 def load_frame(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
-    """Return the image, RGB uint8 (H, W, 3), and its ground truth in metres, float32 (H, W), 0 where there is none.
+    """Return the image, RGB uint8 (H, W, 3), and its ground truth in metres, float32 (H, W), 0 where there is
+    none.
 
     Raises:
         DataError: a file is missing or damaged, or image and ground truth differ in size.
@@ -61,7 +66,9 @@ def load_frame(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
                 f"{image.shape[1]}x{image.shape[0]}. They must belong together."
             )
         return image, depth
-    assert frame.scan is not None and frame.calibration is not None  # the layouts below set either both or `depth`
+    assert (
+        frame.scan is not None and frame.calibration is not None
+    )  # the layouts below set either both or `depth`
     of_object = frame.calibration.suffix == ".txt"
     projection = (object_projection if of_object else raw_projection)(frame.calibration, frame.camera)
     return image, project_scan(read_scan(frame.scan), projection, image.shape[:2])
@@ -88,9 +95,10 @@ def find_frames(
     Args:
         root: the folder of one layout.
         layout: "raw", "object", "annotated", or "auto": told from the folders in `root`.
-        split: a file with `folder frame side` on each line (side l or r), as the Eigen split is published; for the
-            object and annotated layouts the frame's name alone.
-        annotated: for the raw layout, the folder of the official annotated depth maps: take those as ground truth.
+        split: a file with `folder frame side` on each line (side l or r), as the Eigen split is published;
+            for the object and annotated layouts the frame's name alone.
+        annotated: for the raw layout, the folder of the official annotated depth maps: take those as ground
+            truth.
         skip_missing: leave out frames whose files are missing, instead of raising.
 
     Raises:
@@ -122,7 +130,8 @@ def _detect_layout(root: Path) -> str:
     if next(root.glob("*/*_sync/image_0[23]"), None):
         return "raw"
     raise DataError(
-        f"{root} holds none of KITTI's layouts. Expected DATE/DRIVE_sync/image_02 (raw), image_2 or training/image_2 "
+        f"{root} holds none of KITTI's layouts. Expected DATE/DRIVE_sync/image_02 (raw), image_2 or "
+        "training/image_2 "
         "(object), or rgb and depth (annotated) in it: give the folder that contains these."
     )
 
@@ -145,7 +154,8 @@ def read_split(path: str | os.PathLike[str]) -> list[tuple[str, str, str]]:
             entries.append((words[0], words[1], words[2]))
         elif words:
             raise DataError(
-                f"Line {number} of the split {path} must be `folder frame side`, side l or r, or one frame name. "
+                f"Line {number} of the split {path} must be `folder frame side`, side l or r, or one frame "
+                "name. "
                 f"Got {' '.join(words)!r}."
             )
     if not entries:
@@ -178,9 +188,17 @@ def _annotated_map(root: Path, drive: str, camera: int, stem: str) -> Path:
 
 def _object_frames(root: Path, names: list[tuple[str, str, str]] | None) -> list[Frame]:
     root = root / "training" if (root / "training" / "image_2").is_dir() else root
-    stems = [f.stem for f in sorted((root / "image_2").glob("*.png"))] if names is None else [n[1] for n in names]
+    stems = (
+        [f.stem for f in sorted((root / "image_2").glob("*.png"))] if names is None else [n[1] for n in names]
+    )
     return [
-        Frame(s, root / "image_2" / f"{s}.png", None, root / "velodyne" / f"{s}.bin", root / "calib" / f"{s}.txt")
+        Frame(
+            s,
+            root / "image_2" / f"{s}.png",
+            None,
+            root / "velodyne" / f"{s}.bin",
+            root / "calib" / f"{s}.txt",
+        )
         for s in stems
     ]
 
@@ -206,7 +224,8 @@ def _check_files(
     if incomplete and not skip_missing:
         listed = "; ".join(f"{frame.name} ({missing[0]})" for frame, missing in incomplete[:3])
         raise DataError(
-            f"{source} names {len(frames)} frames, and {len(incomplete)} of them are not under {root}. The first: "
+            f"{source} names {len(frames)} frames, and {len(incomplete)} of them are not under {root}. The "
+            "first: "
             f"{listed}. Fetch them, or leave them out with skip_missing=True (--skip-missing)."
         )
     return whole

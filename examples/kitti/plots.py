@@ -43,8 +43,8 @@ def save_picture(
 
     Args:
         path: a .png or .jpg.
-        rows: for each frame the image, RGB uint8 (H, W, 3), its ground truth (H, W) in metres, 0 where there is none,
-            and the predictions (H, W).
+        rows: for each frame the image, RGB uint8 (H, W, 3), its ground truth (H, W) in metres, 0 where there
+            is none, and the predictions (H, W).
         names: of the predictions, for their columns' headings.
         near, far: metres of the ends of the colour scale.
     """

@@ -21,7 +21,9 @@ class Solid:
     seed: int
 
     def intersect(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
-        """Return the distance along each ray (..., 3), in units of its length, or inf; the result is (...)."""
+        """Return the distance along each ray (..., 3), in units of its length, or inf; the result is
+        (...).
+        """
         raise NotImplementedError
 
     def normal(self, points: np.ndarray) -> np.ndarray:
@@ -83,7 +85,9 @@ class Box(Solid):
 
 @dataclass(frozen=True)
 class Cylinder(Solid):
-    """An upright cylinder without caps, around (x, z) = `center`, from `top` down to `bottom` (y grows downwards)."""
+    """An upright cylinder without caps, around (x, z) = `center`, from `top` down to `bottom` (y grows
+    downwards).
+    """
 
     center: tuple[float, float] = (0, 0)
     radius: float = 0.1
@@ -140,7 +144,9 @@ def _quadratic(a: np.ndarray, half_b: np.ndarray, c: float | np.ndarray) -> np.n
 
 @dataclass
 class Hits:
-    """What a grid of rays (H, W) hits: distance in ray lengths (inf: the sky) and the solid's index (-1: the sky)."""
+    """What a grid of rays (H, W) hits: distance in ray lengths (inf: the sky) and the solid's index (-1: the
+    sky).
+    """
 
     distance: np.ndarray
     solid: np.ndarray
@@ -153,7 +159,8 @@ def cast(solids: list[Solid], origin: np.ndarray, rays: np.ndarray, camera: np.n
         solids: the scene.
         origin: where the rays start, (3,).
         rays: directions, float32 (H, W, 3).
-        camera: for the rays of a camera, its 3x3 matrix: a solid is then only tried where its corners can appear.
+        camera: for the rays of a camera, its 3x3 matrix: a solid is then only tried where its corners can
+            appear.
     """
     shape = rays.shape[:2]
     hits = Hits(np.full(shape, np.inf, np.float32), np.full(shape, -1, np.int32))

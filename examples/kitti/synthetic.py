@@ -1,7 +1,8 @@
-"""A small sample of synthetic street scenes, written in the KITTI raw layout and read back by the same loader.
+"""A small sample of synthetic street scenes, written in the KITTI raw layout and read back by the same
+loader.
 
-The camera, the laser and their poses are KITTI's own (calibration of 2011-09-26), the scenes are made up. Numbers
-measured on them say how the program behaves, and nothing about KITTI.
+The camera, the laser and their poses are KITTI's own (calibration of 2011-09-26), the scenes are made up.
+Numbers measured on them say how the program behaves, and nothing about KITTI.
 """
 
 from __future__ import annotations
@@ -36,24 +37,24 @@ LASER_NOISE = 0.015
 CAM_TO_CAM = """\
 calib_time: synthetic scenes with the constants of 2011-09-26
 S_rect_02: 1.242000e+03 3.750000e+02
-R_rect_00: 9.999239e-01 9.837760e-03 -7.445048e-03 -9.869795e-03 9.999421e-01 -4.278459e-03 7.402527e-03 4.351614e-03 \
-9.999631e-01
-P_rect_00: 7.215377e+02 0.000000e+00 6.095593e+02 0.000000e+00 0.000000e+00 7.215377e+02 1.728540e+02 0.000000e+00 \
-0.000000e+00 0.000000e+00 1.000000e+00 0.000000e+00
-P_rect_02: 7.215377e+02 0.000000e+00 6.095593e+02 4.485728e+01 0.000000e+00 7.215377e+02 1.728540e+02 2.163791e-01 \
-0.000000e+00 0.000000e+00 1.000000e+00 2.745884e-03
+R_rect_00: 9.999239e-01 9.837760e-03 -7.445048e-03 -9.869795e-03 9.999421e-01 -4.278459e-03 \
+7.402527e-03 4.351614e-03 9.999631e-01
+P_rect_00: 7.215377e+02 0.000000e+00 6.095593e+02 0.000000e+00 0.000000e+00 7.215377e+02 1.728540e+02 \
+0.000000e+00 0.000000e+00 0.000000e+00 1.000000e+00 0.000000e+00
+P_rect_02: 7.215377e+02 0.000000e+00 6.095593e+02 4.485728e+01 0.000000e+00 7.215377e+02 1.728540e+02 \
+2.163791e-01 0.000000e+00 0.000000e+00 1.000000e+00 2.745884e-03
 """
 VELO_TO_CAM = """\
 calib_time: synthetic scenes with the constants of 2011-09-26
-R: 7.533745e-03 -9.999714e-01 -6.166020e-04 1.480249e-02 7.280733e-04 -9.998902e-01 9.998621e-01 7.523790e-03 \
-1.480755e-02
+R: 7.533745e-03 -9.999714e-01 -6.166020e-04 1.480249e-02 7.280733e-04 -9.998902e-01 9.998621e-01 \
+7.523790e-03 1.480755e-02
 T: -4.069766e-03 -7.631618e-02 -2.717806e-01
 """
 README = """\
 Synthetic street scenes in the KITTI raw layout, written by `python -m gatedprune.examples.kitti demo`.
 They are not KITTI data: the images are computed, the depth is exact up to the laser's simulated noise.
-train.txt and test.txt list the frames (folder, frame, side); no street is in both. exact/ holds the test frames' dense
-depth as KITTI depth PNGs.
+train.txt and test.txt list the frames (folder, frame, side); no street is in both. exact/ holds the test
+frames' dense depth as KITTI depth PNGs.
 """
 
 
@@ -76,7 +77,9 @@ def write_sample(
     seed: int = 0,
     progress: bool = True,
 ) -> SyntheticSample:
-    """Write `train_streets` + `test_streets` drives of `frames` frames each under `root`, in the KITTI raw layout."""
+    """Write `train_streets` + `test_streets` drives of `frames` frames each under `root`, in the KITTI raw
+    layout.
+    """
     sample = SyntheticSample(*(Path(root) / name for name in ("", "train.txt", "test.txt", "exact")))
     date = sample.root / DATE
     date.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,10 @@ def write_sample(
     (date / "calib_velo_to_cam.txt").write_text(VELO_TO_CAM)
     lines: dict[Path, list[str]] = {sample.train: [], sample.test: []}
     with tqdm(
-        total=(train_streets + test_streets) * frames, desc="street scenes", unit="frame", disable=not progress
+        total=(train_streets + test_streets) * frames,
+        desc="street scenes",
+        unit="frame",
+        disable=not progress,
     ) as bar:
         for street in range(train_streets + test_streets):
             drive = f"{DATE}/{DATE}_drive_{street + 1:04d}_sync"
@@ -128,7 +134,9 @@ def _world_rotation(yaw: float) -> np.ndarray:
 def render(
     solids: list[Solid], position: np.ndarray, yaw: float, noise: np.random.Generator, calibration: Path
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return what camera 2 sees: RGB uint8 (H, W, 3), and the depth along its axis in metres (H, W), inf in the sky."""
+    """Return what camera 2 sees: RGB uint8 (H, W, 3), and the depth along its axis in metres (H, W), inf in
+    the sky.
+    """
     camera, center = _camera(calibration)
     rows, columns = np.mgrid[: IMAGE_SIZE[0], : IMAGE_SIZE[1]]
     pixels = np.stack([columns, rows, np.ones_like(rows)], axis=-1)

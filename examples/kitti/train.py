@@ -63,7 +63,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, choices in (("optimizer", ("sgd", "adamw")), ("schedule", ("constant", "cosine"))):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"`{name}` must be one of {', '.join(choices)}. Got {getattr(self, name)!r}.")
+                raise ConfigError(
+                    f"`{name}` must be one of {', '.join(choices)}. Got {getattr(self, name)!r}."
+                )
         if self.epochs < 1 or self.batch_size < 1 or not 0 < self.lr < math.inf:
             raise ConfigError(
                 f"Training needs at least one epoch, one image a batch and a positive learning rate. Got "
@@ -74,8 +76,8 @@ class TrainConfig:
 class Trainer:
     """Trains one model on one data set, and can stop after any step and go on from there, elsewhere, exactly.
 
-    The order of the samples and their augmentation depend on seed and epoch alone, so the position (epoch, step)
-    stands for them in the saved state, beside the model, the optimiser and PyTorch's random state.
+    The order of the samples and their augmentation depend on seed and epoch alone, so the position (epoch,
+    step) stands for them in the saved state, beside the model, the optimiser and PyTorch's random state.
 
     Args:
         model: the depth model, dense, gated or statically pruned. It is trained in place.
@@ -129,12 +131,14 @@ class Trainer:
         if changed:
             listed = ", ".join(f"{n}: {state['config'][n]}, now {getattr(self.config, n)}" for n in changed)
             raise ConfigError(
-                f"The training state {self.state_file} was started with other options ({listed}). Give the same "
+                f"The training state {self.state_file} was started with other options ({listed}). Give the "
+                "same "
                 "ones to resume it, or another output folder to start anew."
             )
         if state["samples"] != len(self.dataset):
             raise ConfigError(
-                f"The training state {self.state_file} was started on {state['samples']} frames, now there are "
+                f"The training state {self.state_file} was started on {state['samples']} frames, now there "
+                "are "
                 f"{len(self.dataset)}. Give the same data and split to resume it."
             )
         self.model.load_state_dict(state["model"])
@@ -207,8 +211,8 @@ class Trainer:
         config = self.config
         start = self.step_in_epoch * config.batch_size
         sampler = EpochSampler(len(self.dataset), seed=config.seed, epoch=self.epoch, start=start)
-        # The generator only seeds the workers, which draw nothing from it; without one, PyTorch's global random
-        # state would move with each loader that is opened, and resuming would not be exact.
+        # The generator only seeds the workers, which draw nothing from it; without one, PyTorch's global
+        # random state would move with each loader that is opened, and resuming would not be exact.
         seeding = torch.Generator().manual_seed(config.seed)
         return DataLoader(
             self.dataset, config.batch_size, sampler=sampler, num_workers=config.workers, generator=seeding
@@ -225,7 +229,8 @@ class Trainer:
         if not math.isfinite(value):
             kept = f" The state of the last save is in {self.state_file}." if self.state_file else ""
             raise TrainingDivergedError(
-                f"The loss became {value} in epoch {self.epoch + 1}, step {self.step_in_epoch + 1}. Lower the learning "
+                f"The loss became {value} in epoch {self.epoch + 1}, step {self.step_in_epoch + 1}. Lower "
+                "the learning "
                 f"rate (now {self.config.lr}) and start again.{kept}"
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -247,13 +252,16 @@ class Trainer:
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.SGD(
+            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
 
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C (or SIGTERM) into a request that the yielded function tells; the second one interrupts.
+    """Turn the first Ctrl-C (or SIGTERM) into a request that the yielded function tells; the second one
+    interrupts.
 
     An exception could strike in the middle of an optimiser step, and leave a state that no run ever had.
     """

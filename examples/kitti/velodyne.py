@@ -15,18 +15,23 @@ POINT_BYTES = 16
 
 
 def read_scan(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read a KITTI scan: float32 (N, 4), each row x (forward), y (left), z (up) in metres and the reflectance.
+    """Read a KITTI scan: float32 (N, 4), each row x (forward), y (left), z (up) in metres and the
+    reflectance.
 
     Raises:
-        DataError: the file is missing, empty, truncated (not a multiple of 16 bytes), or holds no finite points.
+        DataError: the file is missing, empty, truncated (not a multiple of 16 bytes), or holds no finite
+            points.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"The Velodyne scan {path} cannot be read ({error.strerror}). Check the path.") from error
+        raise DataError(
+            f"The Velodyne scan {path} cannot be read ({error.strerror}). Check the path."
+        ) from error
     if not data or len(data) % POINT_BYTES:
         raise DataError(
-            f"The Velodyne scan {path} is truncated or empty: its {len(data)} bytes are no multiple of {POINT_BYTES} "
+            f"The Velodyne scan {path} is truncated or empty: its {len(data)} bytes are no multiple of "
+            f"{POINT_BYTES} "
             "(four float32 a point). Fetch the file again."
         )
     points = np.frombuffer(data, "<f4").reshape(-1, 4)
@@ -41,12 +46,14 @@ def write_scan(path: str | os.PathLike[str], points: np.ndarray) -> None:
 
 
 def project_scan(points: np.ndarray, projection: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Project a scan to a sparse depth map, float32 (H, W), in metres along the camera's axis; 0 means no point.
+    """Project a scan to a sparse depth map, float32 (H, W), in metres along the camera's axis; 0 means no
+    point.
 
-    A point belongs to the pixel whose centre is nearest; pixel centres are at whole coordinates, counted from 0, as
-    KITTI's calibration has them. Where several points fall on a pixel, the nearest wins. (The port of KITTI's MATLAB
-    development kit that many depth projects share subtracts one from the rounded coordinates, which shifts the map by
-    a pixel, and folds pixels of neighbouring rows into one when it looks for duplicates.)
+    A point belongs to the pixel whose centre is nearest; pixel centres are at whole coordinates, counted from
+    0, as KITTI's calibration has them. Where several points fall on a pixel, the nearest wins. (The port of
+    KITTI's MATLAB development kit that many depth projects share subtracts one from the rounded coordinates,
+    which shifts the map by a pixel, and folds pixels of neighbouring rows into one when it looks for
+    duplicates.)
 
     Args:
         points: (N, 3) or (N, 4); only x, y, z are used.
@@ -60,7 +67,8 @@ def project_scan(points: np.ndarray, projection: np.ndarray, size: tuple[int, in
 
 
 def resize_sparse(depth: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Move the values of a sparse depth map (H, W) to a map of another size; the nearest wins where several meet.
+    """Move the values of a sparse depth map (H, W) to a map of another size; the nearest wins where several
+    meet.
 
     Interpolation would mix values with gaps, and sampling would drop most points of a map that shrinks.
     """
