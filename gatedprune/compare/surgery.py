@@ -77,9 +77,7 @@ class Surgeon:
                 f"The `importance` of prune_static() must give {len(producer.units)} scores, one a "
                 f"channel, for the site {site.name}. Got {got}."
             )
-        # 0/0 in torch-pruning's normaliser where all weights of a group are zero: such channels are worth
-        # nothing.
-        scores = scores.detach().double().cpu().nan_to_num(nan=0.0)
+        scores = scores.detach().double().cpu()
         own = producer.units >= 0
         return torch.zeros(site.channels, dtype=torch.float64).index_add(
             0, producer.units[own].cpu(), scores[own.cpu()]

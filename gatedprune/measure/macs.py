@@ -152,7 +152,7 @@ class _Ledger:
                 module.register_forward_pre_hook(self._enter)
 
     def custom_ops(self) -> dict[type, Callable[..., None]]:
-        """A rule for each type in the model; thop's own would count norms, activations and pooling too."""
+        """A rule for each type in the model: none of thop's own, which count norms and pooling too."""
         return {kind: _count_nothing if rule is None else self._leave for kind, rule in self._rules.items()}
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
