@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 
-__all__ = ["active_set", "channel_gain", "indexed_conv2d", "saliency", "subsample", "winners_take_all"]
+__all__ = ["active_set", "channel_gain", "indexed_conv2d", "per_row", "saliency", "scale_channels", "subsample", "winners_take_all"]
 
 
 def subsample(x: Tensor, channel_dim: int = 1) -> Tensor:
@@ -90,6 +90,18 @@ def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels:
     full = full.scatter(1, active, values)
     full[:, channels] = 1  # index −1, that is the last column, is what foreign channels read
     return full[:, units]
+
+
+def per_row(values: Tensor, rows: int) -> Tensor:
+    """Repeat per-sample rows (B, …) for a tensor whose first dimension holds B·r rows, sample by sample (windows)."""
+    return values if values.shape[0] == rows else values.repeat_interleave(rows // values.shape[0], dim=0)
+
+
+def scale_channels(x: Tensor, gain: Tensor, channel_dim: int) -> Tensor:
+    """x · gain along ``channel_dim``, in x's dtype; gain is (B, n), and x may hold several rows for each sample."""
+    view = [1] * x.dim()
+    view[0], view[channel_dim] = x.shape[0], gain.shape[1]
+    return x * per_row(gain, x.shape[0]).to(x.dtype).view(view)
 
 
 def indexed_conv2d(

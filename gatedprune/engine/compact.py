@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import DataError, ModelError
 from ..gates import Gate
-from ..sites import analyse, capture, normalise_inputs
+from ..sites import analyse, capture, normalise_inputs, two_samples
 from ..wrapping import GatedModel
 from .lowering import lower
 from .narrow import Selector
@@ -95,9 +95,7 @@ class CompactModel(nn.Module):
 
     def _lower(self, args: tuple) -> str:
         source: GatedModel = self.__dict__["_source"]
-        # Two samples: a graph captured for one could hold a batch of one as a constant.
-        example = tuple(a.new_zeros(2, *a.shape[1:]) if isinstance(a, Tensor) and a.dim() else a for a in args)
-        graph = capture(source, example, dynamic_batch=True)
+        graph = capture(source, two_samples(args), dynamic_batch=True)
         free = all(isinstance(n.meta["val"].shape[0], torch.SymInt) for n in graph.graph.nodes
                    if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim())  # fmt: skip
         if not free:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from ..sites import Analysis
-from ..sites.labels import compress
 
 __all__ = ["Layout", "Layouts"]
 
@@ -48,13 +47,15 @@ class Layouts:
     def of(self, node: fx.Node) -> Layout | None:
         """The layout of a value; None where no channel of it belongs to a gated site, or they lie across dimensions."""
         labels = self.flow.labelled(node)
-        if labels is None:
-            return None
-        small = compress(labels)
+        return None if labels is None else self.of_labels(labels)
+
+    def of_labels(self, labels: Tensor) -> Layout | None:
+        """The layout of a value with these labels."""
+        small = self.flow.units.varying(labels)
         dims = [d for d, s in enumerate(small.shape) if s > 1]
         if len(dims) != 1:
             return None
-        return self.along(small.reshape(-1).numpy(), dims[0])
+        return self.along(small.reshape(-1), dims[0])
 
     def along(self, labels: np.ndarray, dim: int) -> Layout | None:
         """The layout of these labels along ``dim``."""

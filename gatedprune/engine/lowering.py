@@ -8,25 +8,20 @@ costs speed, never correctness.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..functional import scale_channels
 from ..gates import Gate
 from ..sites import Analysis, SiteNodes, rules
-from ..sites.labels import compress
 from . import narrow
 from .constants import Constants
+from .handlers import handler_of
 from .layout import Layout, Layouts
 
 __all__ = ["lower"]
-
-# Shape arguments name no channel count: these run on narrow tensors as they are.
-_SHAPE_FREE = frozenset("flatten squeeze unsqueeze permute transpose t movedim swapaxes swapdims".split())
-_INPLACE = {"relu": torch.relu_, "silu": torch.ops.aten.silu_.default, "hardswish": torch.ops.aten.hardswish_.default}
-
 
 def lower(analysis: Analysis, gates: dict[str, Gate]) -> fx.GraphModule:
     """The graph of ``analysis`` with its gated sites computed narrow.
@@ -35,20 +30,24 @@ def lower(analysis: Analysis, gates: dict[str, Gate]) -> fx.GraphModule:
         analysis: Of the captured eval-mode graph.
         gates: Site name → gate; sites without one stay dense.
     """
-    return _Lowering(analysis, gates).run()
+    return Lowering(analysis, gates).run()
 
 
-class _Lowering:
+class Lowering:
+    """One pass over a captured graph; ``env`` maps its nodes to lowered ones, ``state`` says how each is held."""
+
     def __init__(self, analysis: Analysis, gates: dict[str, Gate]) -> None:
         self.flow, self.gates = analysis.flow, gates
         self.sites = {name: analysis.sites[name] for name in gates}
         self.names = list(self.sites)
         self.layouts = Layouts(analysis, self.names)
+        self.active = [gates[n].active_count for n in self.names]
         self.constants = Constants(self.flow)
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
-        self.state: dict[fx.Node, Layout | None] = {}  # how the lowered value is held: None is full
+        # None: full. A layout: narrow. A tuple: of each element (operators with several results).
+        self.state: dict[fx.Node, Any] = {}
         self.selected: dict[str, tuple[fx.Node, fx.Node]] = {}
         self.indices: dict[tuple, fx.Node] = {}
         self.folded: dict[fx.Node, fx.Node] = {}
@@ -90,14 +89,14 @@ class _Lowering:
             setattr(self.root, name, value)
         return self.graph.get_attr(name)
 
-    def _module(self, name: str, module: nn.Module, args: tuple) -> fx.Node:
+    def module(self, name: str, module: nn.Module, args: tuple) -> fx.Node:
         path = name.replace(".", "/")
         while path in self.root._modules:
             path += "+"
         self.root.add_module(path, module)
         return self.graph.create_node("call_module", path, args, {})
 
-    def _name(self, node: fx.Node, what: str = "") -> str:
+    def name(self, node: fx.Node, what: str = "") -> str:
         paths = [p for p, _ in (node.meta.get("nn_module_stack") or {}).values()]
         return (paths[-1] if paths and paths[-1] else node.name) + (f"#{what}" if what else "")
 
@@ -111,15 +110,20 @@ class _Lowering:
             fixed = torch.from_numpy((layout.site < 0).nonzero()[0])
             module = narrow.ChannelIndex([t for t in tables if t is not None], fixed)
             args = tuple(self.selected[self.names[s]][0] for s in sites)
-            self.indices[layout.key] = self._module(f"index#{len(self.indices)}", module, args)
+            self.indices[layout.key] = self.module(f"index#{len(self.indices)}", module, args)
         return self.indices[layout.key]
+
+    def active_channels(self, layout: Layout) -> int:
+        """n: how many channels a narrow tensor of that layout has."""
+        tables = {s: self.layouts.table(layout, s) for s in self.layouts.sites_in(layout)}
+        return int((layout.site < 0).sum()) + sum(self.active[s] * t.shape[1] for s, t in tables.items() if t is not None)
 
     def full(self, node: fx.Node) -> fx.Node:
         """The lowered value with all its channels."""
         layout, value = self.state.get(node), self.env[node]
         if layout is None:
             return value
-        return self._module(self._name(node, "widen"), narrow.Widen(layout.dim, layout.channels), (value, self.index(layout)))
+        return self.module(self.name(node, "widen"), narrow.Widen(layout.dim, layout.channels), (value, self.index(layout)))
 
     def _gain(self, layout: Layout, sites: list[str], active_only: bool, ones: bool = False) -> fx.Node:
         """(B, n): the product of those sites' gains (or masks) for each channel, or each active channel, of a layout."""
@@ -131,12 +135,12 @@ class _Lowering:
         for site in sites:
             active, gain = self.selected[site]
             args += [active, self.graph.call_function(torch.ones_like, (gain,)) if ones else gain]
-        return self._module("gain", narrow.ChannelGain(units, [self.layouts.counts[n] for n in numbers]), tuple(args))
+        return self.module("gain", narrow.ChannelGain(units, [self.layouts.counts[n] for n in numbers]), tuple(args))
 
     def _select(self, name: str, found: SiteNodes) -> None:
         layout = self.state[found.gate_input]
         args = (self.env[found.gate_input],) if layout is None else (self.env[found.gate_input], self.index(layout))
-        both = self._module(f"{name}#gate", narrow.Selector(self.gates[name]), args)
+        both = self.module(f"{name}#gate", narrow.Selector(self.gates[name]), args)
         self.selected[name] = tuple(self.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))  # type: ignore[assignment]
 
     # --- operators -------------------------------------------------------------------------------------------------
@@ -151,32 +155,23 @@ class _Lowering:
             return self._layer(node, name)
         held = [a for a in node.all_input_nodes if self.state.get(a) is not None]
         if held:
-            handler = self._handler(name)
-            out = handler(node, name, held) if handler is not None else None
+            handler = handler_of(name)
+            out = handler(self, node, held) if handler is not None else None
             if out is not None:
                 return self._apply_gain(node, out)
         return self._apply_gain(node, self._as_captured(node))
 
-    def _handler(self, name: str) -> Callable[[fx.Node, str, list[fx.Node]], fx.Node | None] | None:
-        if name == "batch_norm":
-            return self._norm
-        if name in rules.ELEMENTWISE or name in rules.SPATIAL or name in _SHAPE_FREE or name in rules.REDUCTION or name == "pad":
-            return self._pointwise
-        if name in rules.BINARY:
-            return self._binary
-        return {"cat": self._cat, "concat": self._cat, "sym_size": self._size}.get(name)
-
     def _as_captured(self, node: fx.Node) -> fx.Node:
         values = {a: self.full(a) for a in node.all_input_nodes}
-        reads = self._wakened(node)
+        reads = self.wakened(node)
         for value, sites in reads.items():
             layout = self.layouts.of(value)
             if layout is not None and sites:
                 gain = self._gain(layout, sites, active_only=False, ones=True)
-                values[value] = self.graph.call_function(narrow.scale_channels, (values[value], gain, layout.dim))
+                values[value] = self.graph.call_function(scale_channels, (values[value], gain, layout.dim))
         return self.graph.node_copy(node, values.__getitem__)
 
-    def _wakened(self, node: fx.Node) -> dict[fx.Node, list[str]]:
+    def wakened(self, node: fx.Node) -> dict[fx.Node, list[str]]:
         """For an operator that reads a full value whose suppressed channels are not zero: value → the sites to silence."""
         sites = [name for name, found in self.sites.items() if node in found.unsafe]
         out: dict[fx.Node, list[str]] = {}
@@ -197,7 +192,7 @@ class _Lowering:
         layout = held or self.layouts.of(node)
         assert layout is not None
         gain = self._gain(layout, sites, active_only=held is not None)
-        return self.graph.call_function(narrow.scale_channels, (value, gain, layout.dim))
+        return self.graph.call_function(scale_channels, (value, gain, layout.dim))
 
     def _layer(self, node: fx.Node, name: str) -> fx.Node:
         """A convolution or linear layer with constant weights: narrow where its input or output is, else a plain module."""
@@ -221,19 +216,19 @@ class _Lowering:
         if grouped and out_layout is None:
             in_layout = None
         if in_layout is None:
-            for _, sites in self._wakened(node).items():
+            for _, sites in self.wakened(node).items():
                 layout = self.layouts.of(x)
                 if sites and layout is not None and value is self.env[x]:
                     gain = self._gain(layout, sites, active_only=False, ones=True)
-                    value = self.graph.call_function(narrow.scale_channels, (value, gain, layout.dim))
+                    value = self.graph.call_function(scale_channels, (value, gain, layout.dim))
         self.state[node] = out_layout
         if in_layout is None and out_layout is None:
-            return self._apply_gain(node, self._module(self._name(node), _plain(name, weight, bias, options), (value,)))
+            return self._apply_gain(node, self.module(self.name(node), _plain(name, weight, bias, options), (value,)))
         module = narrow.NarrowConv2d(weight, bias, **options) if name == "conv2d" else narrow.NarrowLinear(weight, bias)
         gain = self._gain_in_weights(node, norm, out_layout)
         in_index = self.index(in_layout) if in_layout is not None and not grouped else None
         out_index = self.index(out_layout) if out_layout is not None else None
-        return self._apply_gain(node, self._module(self._name(node), module, (value, in_index, out_index, gain)))
+        return self._apply_gain(node, self.module(self.name(node), module, (value, in_index, out_index, gain)))
 
     def _ready(self, layout: Layout) -> bool:
         return all(self.names[s] in self.selected for s in self.layouts.sites_in(layout))
@@ -246,132 +241,6 @@ class _Lowering:
             return None
         self.gained.update(sites)
         return self._gain(layout, sites, active_only=True)
-
-    def _norm(self, node: fx.Node, name: str, held: list[fx.Node]) -> fx.Node | None:
-        affine, layout = self.constants.affine(node), self.state[held[0]]
-        if affine is None or layout is None or held != [node.args[0]]:
-            return None
-        dtype = node.meta["val"].dtype
-        module = narrow.NarrowAffine(affine[0].to(dtype), affine[1].to(dtype))
-        self.state[node] = layout
-        return self._module(self._name(node), module, (self.env[held[0]], self.index(layout)))
-
-    def _pointwise(self, node: fx.Node, name: str, held: list[fx.Node]) -> fx.Node | None:
-        """An operator that treats every channel alike, so that it runs on a narrow tensor unchanged."""
-        x = node.args[0]
-        if held != [x] or not all(self._scalar(a) for a in node.all_input_nodes if a is not x):
-            return None
-        before, after = self.state[held[0]], self._same(node, held[0])
-        if before is None or after is None:
-            return None
-        self.state[node] = after
-        target = _INPLACE.get(name) if self._fresh(held[0]) else None
-        if target is not None and node.target is not target:
-            return self.graph.call_function(target, (self.env[held[0]],))
-        return self.graph.node_copy(node, self.env.__getitem__)
-
-    def _same(self, node: fx.Node, source: fx.Node) -> Layout | None:
-        """The layout of ``node`` if it holds the channels of ``source``, in the same order, along some dimension."""
-        before, after = self.state[source], self.layouts.of(node)
-        return after if before is not None and after is not None and before.key == after.key else None
-
-    def _scalar(self, node: fx.Node) -> bool:
-        """A size or another value without channels."""
-        if self.flow.labelled(node) is not None:
-            return False
-        value = node.meta.get("val")
-        return not isinstance(value, Tensor) or (self.constants.holds(node) and self.constants.value(node).numel() == 1)
-
-    def _fresh(self, node: fx.Node) -> bool:
-        """Whether the lowered value was just made by a layer and has this one reader: then it may be overwritten."""
-        return len(node.users) == 1 and self.env[node].op == "call_module" and not isinstance(
-            self.root.get_submodule(str(self.env[node].target)), (narrow.Widen, narrow.AddInto)
-        )
-
-    def _binary(self, node: fx.Node, name: str, held: list[fx.Node]) -> fx.Node | None:
-        operands = [a for a in node.args if isinstance(a, fx.Node)]
-        if any(join.node is node for join in self.flow.joins):
-            return self._join(node, name, operands)
-        layout = self._same(node, held[0])
-        if layout is None or node.kwargs:
-            return None
-        values: dict[fx.Node, fx.Node] = {}
-        for operand in node.all_input_nodes:
-            own, labels = self.state.get(operand), self.flow.labelled(operand)
-            if own is not None:
-                if own.key != layout.key or own.dim != layout.dim:
-                    return None
-                values[operand] = self.env[operand]
-            elif self._scalar(operand) or (labels is not None and self._without_channels(operand, layout.dim, node)):
-                values[operand] = self.env[operand]
-            else:
-                other = self.layouts.of(operand)
-                if other is None or other.key != layout.key or other.dim != layout.dim:
-                    return None
-                values[operand] = self._module("take", narrow.Take(layout.dim), (self.env[operand], self.index(layout)))
-        self.state[node] = layout
-        return self.graph.node_copy(node, values.__getitem__)
-
-    def _without_channels(self, operand: fx.Node, dim: int, node: fx.Node) -> bool:
-        """Whether an operand has length 1 along the channels of the result, so that it broadcasts over narrow ones too."""
-        shape, rank = self.flow.shape(operand), len(self.flow.shape(node))
-        at = dim - (rank - len(shape))
-        return at < 0 or shape[at] == 1
-
-    def _join(self, node: fx.Node, name: str, operands: list[fx.Node]) -> fx.Node | None:
-        """A residual addition: the narrow branch is added to its channels of the stream, in place where nobody minds."""
-        held = [a for a in operands if self.state.get(a) is not None]
-        if name != "add" or node.kwargs or len(node.args) != 2 or len(operands) != 2:
-            return None
-        branch = held[0]
-        stream = operands[1] if branch is operands[0] else operands[0]
-        layout = self.state[branch]
-        if layout is None or self.flow.shape(stream) != self.flow.shape(node) or self._wakened(node):
-            return None
-        full = self.full(stream)
-        inplace = full is not self.env[stream] or self._last_use(stream, node)
-        self.state[node] = None
-        return self._module(self._name(node, "add"), narrow.AddInto(layout.dim, inplace), (full, self.env[branch], self.index(layout)))
-
-    def _last_use(self, value: fx.Node, user: fx.Node) -> bool:
-        """Whether nothing after ``user`` reads the memory of ``value``."""
-        group, todo = {value}, [value]
-        while todo:
-            node = todo.pop()
-            if node.op != "call_function":
-                return False
-            related = [a for a in node.all_input_nodes if _aliases(node, a)] + [u for u in node.users if _aliases(u, node)]
-            for other in related:
-                if other not in group and other is not user:
-                    group.add(other)
-                    todo.append(other)
-        return all(self.order[u] <= self.order[user] for n in group for u in n.users)
-
-    def _cat(self, node: fx.Node, name: str, held: list[fx.Node]) -> fx.Node | None:
-        parts = list(node.args[0])  # type: ignore[arg-type]
-        layout = self.layouts.of(node)
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        rank = len(self.flow.shape(node))
-        if layout is None or not self.layouts.regular(layout) or dim % rank != layout.dim:  # type: ignore[operator]
-            return None
-        for part in parts:  # a full part must have no channel that the sites would suppress
-            if self.state.get(part) is None and self.layouts.of(part) is not None:
-                return None
-        self.state[node] = layout
-        return self.graph.create_node("call_function", node.target, ([self.env[p] for p in parts], dim))
-
-    def _size(self, node: fx.Node, name: str, held: list[fx.Node]) -> fx.Node | None:
-        layout, dim = self.state[held[0]], node.args[1]
-        if layout is None or dim % len(self.flow.shape(held[0])) == layout.dim:  # type: ignore[operator]
-            return None
-        return self.graph.node_copy(node, self.env.__getitem__)
-
-
-def _aliases(node: fx.Node, arg: fx.Node) -> bool:
-    """Whether the operator's result may share memory with that argument."""
-    name = rules.op_name(node.target)
-    shares = name in rules.MOVEMENT or name in ("getitem", "dropout", "contiguous", "to", "alias", "detach", "feature_dropout", "type_as")
-    return bool(node.args) and (shares or str(node.target).split(".")[-2].endswith("_")) and (node.args[0] is arg)
 
 
 def _conv_options(node: fx.Node) -> dict[str, Any]:

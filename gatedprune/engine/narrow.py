@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import channel_gain, subsample
+from ..functional import channel_gain, per_row, subsample
 from ..gates import Gate
 
 __all__ = ["AddInto", "ChannelGain", "ChannelIndex", "NarrowAffine", "NarrowConv2d", "NarrowLinear", "Selector", "Take", "Widen"]
@@ -81,18 +81,16 @@ class ChannelGain(nn.Module):
         return out if index is None else out.gather(1, index)
 
 
-def scale_channels(x: Tensor, gain: Tensor, dim: int) -> Tensor:
-    """x · gain along ``dim``; gain is (B, n)."""
-    view = [1] * x.dim()
-    view[0], view[dim] = gain.shape
-    return x * gain.to(x.dtype).view(view)
-
-
-def _per_sample(x: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Run sample by sample, since each has its own weights; one sample is not copied."""
-    if x.shape[0] == 1:
+def _per_sample(x: Tensor, samples: int, run: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Run sample by sample, since each has its own weights; one sample is not copied. x is (B·r, …)."""
+    if samples == 1:
         return run(x, 0)
-    return torch.cat([run(x[b : b + 1], b) for b in range(x.shape[0])])
+    rows = x.shape[0] // samples
+    return torch.cat([run(x[b * rows : (b + 1) * rows], b) for b in range(samples)])
+
+
+def _samples(*indices: Tensor | None) -> int:
+    return next(i.shape[0] for i in indices if i is not None)
 
 
 class NarrowConv2d(nn.Module):
@@ -125,7 +123,7 @@ class NarrowConv2d(nn.Module):
             w, c = gather_rows(self.weight, self.bias, in_index, out_index, gain, b, grouped=self.groups != 1)
             return F.conv2d(one, w, c, self.stride, self.padding, self.dilation, groups)
 
-        return _per_sample(x, run)
+        return _per_sample(x, _samples(in_index, out_index), run)
 
     def extra_repr(self) -> str:
         out, into = self.weight.shape[0], self.weight.shape[1] * self.groups
@@ -147,7 +145,7 @@ class NarrowLinear(nn.Module):
         def run(one: Tensor, b: int) -> Tensor:
             return F.linear(one, *gather_rows(self.weight, self.bias, in_index, out_index, gain, b))
 
-        return _per_sample(x, run)
+        return _per_sample(x, _samples(in_index, out_index), run)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
@@ -176,18 +174,12 @@ class NarrowAffine(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
         scale: Tensor = self.scale  # type: ignore[assignment]
         shift: Tensor = self.shift  # type: ignore[assignment]
-        scale, shift = (scale[None], shift[None]) if index is None else (scale[index], shift[index])
+        scale, shift = (per_row(v[index], x.shape[0]) for v in (scale, shift))
         view = (*scale.shape, *[1] * (x.dim() - 2))
         return torch.addcmul(shift.view(view), x, scale.view(view))
-
-
-def _index_shape(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    view = [1] * x.dim()
-    view[0], view[dim] = index.shape
-    return index.view(view)
 
 
 class Widen(nn.Module):
@@ -200,23 +192,31 @@ class Widen(nn.Module):
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         shape = list(x.shape)
         shape[self.dim] = self.channels
-        out = x.new_zeros(shape)
+        out, index = x.new_zeros(shape), per_row(index, x.shape[0])
         for b in range(x.shape[0]):
             out[b].index_copy_(self.dim - 1, index[b], x[b])
         return out
 
 
 class Take(nn.Module):
-    """The active channels of a full tensor."""
+    """The active channels of a full tensor, or of a constant that is the same for every sample.
 
-    def __init__(self, dim: int) -> None:
+    Args:
+        dim: Channel dimension of the result. rank: its number of dimensions; missing leading ones are put in.
+    """
+
+    def __init__(self, dim: int, rank: int) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.rank = dim, rank
 
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        shape = list(x.shape)
+    def forward(self, x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+        """rows: a tensor whose first dimension the result's is to match."""
+        x = x[(None,) * (self.rank - x.dim())]
+        index = per_row(index, rows.shape[0])
+        view, shape = [1] * self.rank, list(x.shape)
+        view[0], view[self.dim] = index.shape
         shape[0], shape[self.dim] = index.shape
-        return x.expand(index.shape[0], *x.shape[1:]).gather(self.dim, _index_shape(x, index, self.dim).expand(shape))
+        return x.expand(index.shape[0], *x.shape[1:]).gather(self.dim, index.view(view).expand(shape))
 
 
 class AddInto(nn.Module):
@@ -231,6 +231,7 @@ class AddInto(nn.Module):
 
     def forward(self, full: Tensor, x: Tensor, index: Tensor) -> Tensor:
         out = full if self.inplace else full.clone()
+        index = per_row(index, x.shape[0])
         for b in range(x.shape[0]):
             out[b].index_add_(self.dim - 1, index[b], x[b])
         return out

@@ -4,7 +4,7 @@
 borders to attach to, `discovery` puts sites together and `site` describes them.
 """
 
-from .capture import GATING_STATE, capture, evaluating, normalise_inputs, suspended
+from .capture import GATING_STATE, capture, evaluating, normalise_inputs, suspended, two_samples
 from .discovery import Analysis, SiteNodes, analyse, find_sites
 from .site import Attach, Edge, Site, SiteReport
 
@@ -22,4 +22,5 @@ __all__ = [
     "find_sites",
     "normalise_inputs",
     "suspended",
+    "two_samples",
 ]

@@ -31,6 +31,10 @@ class Boundaries:
         paths = self._paths[node]
         return paths[-1] if paths else ""
 
+    def paths(self, node: fx.Node) -> list[str]:
+        """Paths of the modules around the operator, outermost first."""
+        return self._paths[node]
+
     def once(self, path: str) -> bool:
         """Whether the module was called exactly once in the forward pass."""
         return len(self._calls[path]) == 1

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import ConfigError, ModelError
 
-__all__ = ["GATING_STATE", "capture", "concrete", "evaluating", "module_path", "normalise_inputs", "suspended"]
+__all__ = ["GATING_STATE", "capture", "concrete", "evaluating", "module_path", "normalise_inputs", "suspended", "two_samples"]
 
 # Where a gated model keeps the switch that its hooks look at (see wrapping): a captured graph holds the backbone alone.
 GATING_STATE = "_gatedprune_state"
@@ -41,6 +41,11 @@ def normalise_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
             + (f" of {args[0].dtype}." if args and isinstance(args[0], Tensor) else ".")
         )
     return args
+
+
+def two_samples(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments for a batch of two: with one sample a batch cannot be told from a dimension of length 1."""
+    return tuple(a.new_zeros(2, *a.shape[1:]) if isinstance(a, Tensor) and a.dim() else a for a in args)
 
 
 @contextmanager

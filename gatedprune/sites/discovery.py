@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from . import rules
 from .boundary import Boundaries
-from .capture import capture, normalise_inputs
+from .capture import capture, normalise_inputs, two_samples
 from .flow import Flow, trace_flow
 from .labels import Use, compress
 from .site import Attach, Edge, Site, SiteReport, identity_units
@@ -67,7 +67,7 @@ def find_sites(model: nn.Module, example_inputs: Any = None, *, stream: bool = F
     Raises:
         ModelError: The model cannot be traced. ConfigError: ``example_inputs`` is not a tensor of numbers.
     """
-    args = normalise_inputs(model, example_inputs)
+    args = two_samples(normalise_inputs(model, example_inputs))
     return analyse(type(model).__name__, capture(model, args), stream=stream).report
 
 
@@ -86,6 +86,8 @@ class _Discovery:
         self.pinned = flow.units.pinned()
         self.joined = {int(r) for join in flow.joins for r in flow.units.find(join.labels)}
         self.skipped: dict[str, str] = {}
+        self.roots_of: dict[fx.Node, set[int]] = {}
+        self.heads = {int(r) for use in flow.mixers for r in np.unique(flow.units.find(use.labels))}
         self.total = sum(flow.macs.values())
 
     def run(self, name: str) -> Analysis:
@@ -137,7 +139,8 @@ class _Discovery:
 
     def _nodes(self, roots: np.ndarray) -> list[fx.Node]:
         flow = self.flow
-        return [u.node for uses in (flow.producers, flow.carriers, flow.consumers) for u, _ in self._uses(uses, roots)]
+        kinds = (flow.producers, flow.carriers, flow.consumers, flow.mixers)
+        return [u.node for uses in kinds for u, _ in self._uses(uses, roots)]
 
     def _edge(self, use: Use, units: np.ndarray, dim: int) -> Edge:
         op = rules.op_name(use.node.target)
@@ -155,18 +158,14 @@ class _Discovery:
             raise _Skip("its channels are added to the residual stream (stream=True gates them)")
         if not joined and not any(int(r) in self.readers for r in roots):
             raise _Skip("no layer reads its channels")
-        hook = self.boundaries.input_hook(node)
-        if hook is None:
-            raise _Skip("its input cannot be seen at the border of a module that runs once on one value")
-        gate_path, gate_input = hook
-        channel_dim = self._channel_dim(gate_input, node)
+        gate_path, gate_input, channel_dim = self._gate(node)
         in_channels = flow.shape(gate_input)[channel_dim]
         consumers = self._uses(flow.consumers, roots)
         carriers = self._uses(flow.carriers, roots)
         macs = sum(flow.macs.get(n, 0) for n in self._nodes(roots))
         if in_channels * channels >= 0.5 * macs:
             raise _Skip("its gate would cost at least what halving it saves")
-        gain = self._gain_node(node)
+        gain = self._gain_node(node, consumers, self.heads.issuperset(roots.tolist()))
         gain_at = self._attach(gain, roots)
         if gain_at is None:
             raise _Skip("its output cannot be reached at the border of a module")
@@ -190,12 +189,37 @@ class _Discovery:
         )
         return SiteNodes(site, roots, node, gate_input, gain, unsafe)
 
-    def _channel_dim(self, value: fx.Node, producer: fx.Node) -> int:
-        rank = len(self.flow.shape(value))
-        return rank - 1 if rules.op_name(producer.target) == "linear" else min(1, rank - 1)
+    def _gate(self, producer: fx.Node) -> tuple[str, fx.Node, int]:
+        """Module whose only input the gate looks at, that value and its channel dimension.
 
-    def _gain_node(self, producer: fx.Node) -> fx.Node:
-        """The norm's output where a norm alone reads the producer; else the producer's output."""
+        The innermost module around the first producer; further out where windows or the like are folded into the
+        batch, since the gate decides once for each sample.
+        """
+        for path in reversed(self.boundaries.paths(producer)):
+            entering = self.boundaries.inputs(path) if path and self.boundaries.once(path) else []
+            if len(entering) != 1 or not isinstance(entering[0].meta.get("val"), Tensor):
+                continue
+            (value,) = entering
+            shape = self.flow.shape(value)
+            if len(shape) < 2 or shape[0] != self.flow.batch:
+                continue
+            labels = self.flow.labelled(value)
+            varying = [] if labels is None else [d for d, s in enumerate(self.flow.units.varying(labels).shape) if s > 1]
+            if len(varying) == 1 and varying[0] > 0:
+                return path, value, varying[0]
+            if value is producer.args[0]:
+                return path, value, len(shape) - 1 if rules.op_name(producer.target) == "linear" else 1
+        raise _Skip("its input cannot be seen at the border of a module that runs once on one value")
+
+    def _gain_node(self, producer: fx.Node, consumers: list[tuple[Use, np.ndarray]], heads: bool) -> fx.Node:
+        """The norm's output where a norm alone reads the producer; of attention heads their output; else the producer's."""
+        if heads:
+            values = {use.node.args[0] for use, _ in consumers}
+            if len(values) != 1:
+                raise _Skip("its attention heads are read by several layers")
+            (value,) = values
+            assert isinstance(value, fx.Node)
+            return value
         users = list(producer.users)
         if len(users) == 1 and rules.op_name(users[0].target) == "batch_norm":
             return users[0]
@@ -212,16 +236,21 @@ class _Discovery:
         """Channel dimension of a value and its channel → unit map (None: the identity)."""
         labels = self.flow.labelled(value)
         assert labels is not None
-        small = compress(labels)
+        small = self.flow.units.varying(labels)
         dims = [d for d, s in enumerate(small.shape) if s > 1]
         if len(dims) != 1:
             raise _Skip("its channels are spread over several dimensions of a tensor")
-        (_, units), = self._uses([Use(value, small.reshape(-1).numpy())], roots)  # fmt: skip
+        (_, units), = self._uses([Use(value, small.reshape(-1))], roots)  # fmt: skip
         return dims[0], None if identity_units(units, len(roots)) else torch.from_numpy(units)
 
     def _touches(self, node: fx.Node, roots: set[int]) -> bool:
         labels = self.flow.labelled(node)
-        return labels is not None and bool(roots & set(np.unique(self.flow.units.find(compress(labels))).tolist()))
+        return labels is not None and not roots.isdisjoint(self._roots_of(node, labels))
+
+    def _roots_of(self, node: fx.Node, labels: Tensor) -> set[int]:
+        if node not in self.roots_of:
+            self.roots_of[node] = set(np.unique(self.flow.units.find(compress(labels))).tolist())
+        return self.roots_of[node]
 
     def _masks(self, producer: fx.Node, gain: fx.Node, roots: np.ndarray, joined: bool) -> tuple[frozenset, tuple]:
         """Where suppressed channels must be silenced again, because something between has woken them."""

@@ -20,7 +20,11 @@ __all__ = ["Flow", "trace_flow"]
 
 @dataclass
 class Flow:
-    """What `trace_flow` found. ``values`` maps each tensor node to its labels, or to `Const`, or to a plain value."""
+    """What `trace_flow` found.
+
+    ``values`` maps each tensor node to its labels, to `Const`, or to a plain value. ``macs`` holds the dense MACs per
+    sample of layers and of products of two activations; ``mixers`` are those products that work on attention heads.
+    """
 
     graph_module: fx.GraphModule
     units: Units = field(default_factory=Units)
@@ -30,6 +34,7 @@ class Flow:
     consumers: list[Use] = field(default_factory=list)
     joins: list[Join] = field(default_factory=list)
     macs: dict[fx.Node, int] = field(default_factory=dict)
+    mixers: list[Use] = field(default_factory=list)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The concrete shape of a tensor node for the example inputs."""
@@ -53,6 +58,14 @@ class Flow:
     def consume(self, node: fx.Node, labels: np.ndarray) -> None:
         """Record that ``node`` mixes channels of these labels."""
         self.consumers.append(Use(node, labels))
+
+    @property
+    def batch(self) -> int:
+        """How many samples the graph was captured with."""
+        for node in self.graph_module.graph.nodes:
+            if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim():
+                return self.shape(node)[0]
+        return 1
 
     def spread(self, labels: np.ndarray, dim: int, shape: tuple[int, ...]) -> Tensor:
         """A label tensor of that shape that varies along ``dim`` only."""

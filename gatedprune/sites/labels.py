@@ -102,6 +102,23 @@ class Units:
                 out.setdefault(int(root), reason)
         return out
 
+    def varying(self, labels: Tensor) -> np.ndarray:
+        """Representatives with every dimension along which they do not vary cut to length 1."""
+        roots = self.find(compress(labels))
+        for d in range(roots.ndim):
+            first = roots.take([0], axis=d)
+            if roots.shape[d] > 1 and (roots == first).all():
+                roots = first
+        return roots
+
+    def unite_within(self, labels: Tensor, dims: tuple[int, ...]) -> None:
+        """Unite everything that differs only in its position along ``dims``."""
+        roots = self.find(compress(labels))
+        keep = [d for d in range(roots.ndim) if d not in {d % roots.ndim for d in dims}]
+        rows = np.moveaxis(roots, keep, range(len(keep))).reshape(int(np.prod([roots.shape[d] for d in keep])), -1)
+        first = rows.max(axis=1, keepdims=True)
+        self.union(np.broadcast_to(first, rows.shape), rows)
+
     def along(self, labels: Tensor, dim: int) -> np.ndarray:
         """One representative per position of ``dim``; labels that share a position are united.
 

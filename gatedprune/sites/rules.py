@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .capture import concrete
-from .labels import WILD, Join, compress
+from .labels import WILD, Join, Use, compress
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -80,11 +80,22 @@ def apply(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
             rule = _reduction
         elif name in OVER_DIM:
             rule = _over_dim
+    if _overwrites(node):
+        return _unknown(flow, node, args, kwargs, f"`{name}` overwrites it while it is still in use")
     if rule is not None:
         out = rule(flow, node, args, kwargs)
         if out is not NotImplemented:
             return out
     return _unknown(flow, node, args, kwargs, f"it passes through `{name}`, which mixes or re-arranges channels")
+
+
+def _overwrites(node: fx.Node) -> bool:
+    """Whether the operator changes its first argument in place although something later still reads that node."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.name.endswith("_") or schema.name.endswith("__") or not node.args:
+        return False
+    value = node.args[0]
+    return isinstance(value, fx.Node) and any(node < user for user in value.users)
 
 
 def _shapes(node: fx.Node) -> Any:
@@ -244,8 +255,8 @@ def _convolution(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return NotImplemented
     c_in, c_out = x.shape[1], shape[1]
     taps = math.prod(weight.shape[2:])
-    places = math.prod(x.shape[2:] if transposed else shape[2:])
-    flow.macs[node] = places * taps * c_out * c_in // groups
+    places = x.shape[0] * math.prod(x.shape[2:] if transposed else shape[2:])
+    flow.macs[node] = places * taps * c_out * c_in // groups // flow.batch
     read = flow.units.along(x, 1)
     if groups == 1:
         flow.consume(node, read)
@@ -265,9 +276,91 @@ def _linear(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if isinstance(weight, Tensor) or not isinstance(x, Tensor) or len(weight.shape) != 2:
         return NotImplemented
     shape = flow.shape(node)
-    flow.macs[node] = math.prod(shape[1:]) * weight.shape[1]
+    flow.macs[node] = math.prod(shape) * weight.shape[1] // flow.batch
     flow.consume(node, flow.units.along(x, -1))
     return flow.spread(flow.produce(node, weight.shape[0]), len(shape) - 1, shape)
+
+
+def _layer_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """Normalised over its last dimensions: what is normalised together within a head or a group goes together."""
+    x, shape = args[0], args[1]
+    dims = tuple(range(x.dim() - len(shape), x.dim()))
+    roots = flow.units.varying(x)
+    inside = [d for d in dims if roots.shape[d] > 1]
+    if inside and not any(roots.shape[d] > 1 for d in range(x.dim()) if d not in dims):
+        return NotImplemented  # one set of statistics over all channels
+    flow.units.unite_within(x, dims)
+    return x
+
+
+def _attend(flow: Flow, a: Tensor, b: Tensor) -> Tensor | None:
+    """Heads: labels vary along the leading dimensions of a product; everything inside one head goes together.
+
+    Returns the heads' labels with the last two dimensions cut to length 1; None where there are no heads.
+    """
+    rank = max(a.dim(), b.dim())
+    a, b = (t.view((1,) * (rank - t.dim()) + t.shape) for t in (a, b))
+    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    varies = [flow.units.varying(t).shape[:-2] for t in (a, b)]
+    if not any(s > 1 for shape in varies for s in shape):
+        return None
+    for t in (a, b):
+        flow.units.unite_within(t, (-2, -1))
+    tops = [torch.from_numpy(flow.units.find(compress(t)).max(axis=(-2, -1), keepdims=True)) for t in (a, b)]
+    wide = torch.broadcast_shapes(tops[0].shape, tops[1].shape)
+    for t, top in zip((a, b), tops):
+        if any(t.shape[d] == 1 and lead[d] > 1 and wide[d] > 1 for d in range(rank - 2)):
+            flow.units.pin(top, "it is shared between attention heads")
+    first, second = (t.expand(wide).contiguous() for t in tops)
+    flow.units.union(first, second)
+    return torch.where(first == WILD, second, first)
+
+
+def _matmul(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    a, b = args[0], args[1]
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or min(a.dim(), b.dim()) < 2:
+        return NotImplemented
+    shape = flow.shape(node)
+    flow.macs[node] = math.prod(shape) * a.shape[-1] // flow.batch
+    heads = _attend(flow, a, b)
+    if heads is not None:
+        flow.mixers.append(Use(node, heads.numpy().ravel()))
+        return heads.expand(shape)
+    va, vb = flow.units.varying(a), flow.units.varying(b)
+    if va.shape[-1] > 1 or vb.shape[-2] > 1:
+        return NotImplemented  # a sum over channels
+    if va.shape[-2] > 1 and vb.shape[-1] > 1:
+        return NotImplemented
+    if vb.shape[-1] > 1:
+        _forget(flow, va)
+        return torch.from_numpy(vb).view((1,) * (len(shape) - vb.ndim) + vb.shape).expand(shape)
+    if va.shape[-2] > 1:
+        _forget(flow, vb)
+        return torch.from_numpy(va).view((1,) * (len(shape) - va.ndim) + va.shape).expand(shape)
+    return NotImplemented
+
+
+def _forget(flow: Flow, roots: np.ndarray) -> None:
+    flow.units.pin(roots, "its product with other channels mixes them")
+
+
+def _attention(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    q, k, v = args[:3]
+    if not all(isinstance(t, Tensor) and t.dim() == 4 for t in (q, k, v)) or kwargs.get("enable_gqa"):
+        return NotImplemented
+    shape = flow.shape(node)
+    flow.macs[node] = (math.prod(q.shape) + math.prod(shape)) * k.shape[-2] // flow.batch
+    scores = _attend(flow, q, k.transpose(-2, -1))
+    if scores is None:
+        return NotImplemented
+    heads = _attend(flow, scores.expand(*scores.shape[:-2], q.shape[-2], k.shape[-2]), v)
+    if heads is None:
+        return NotImplemented
+    mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+    if isinstance(mask, Tensor):
+        flow.units.pin(compress(mask), "it is added to attention scores")
+    flow.mixers.append(Use(node, heads.numpy().ravel()))
+    return heads.expand(shape)
 
 
 def _getitem(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -284,4 +377,9 @@ _RULES: dict[str, Rule] = {
     "pad": _pad,
     "constant_pad_nd": _pad,
     "getitem": _getitem,
+    "layer_norm": _layer_norm,
+    "rms_norm": _layer_norm,
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "scaled_dot_product_attention": _attention,
 }

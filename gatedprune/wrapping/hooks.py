@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import DataError
-from ..functional import channel_gain
+from ..functional import channel_gain, scale_channels
 from ..gates import Gate
 from ..sites import Attach, Site
 
@@ -67,10 +67,7 @@ class _Scale:
         active, gain = gate.last_active, gate.last_gain
         assert active is not None and gain is not None  # the graph orders the gate before its readers
         values = gain if self.gain else gain.new_ones(gain.shape)
-        channels = channel_gain(values.to(x.dtype), active, at.units, gate.channels)
-        view = [1] * x.dim()
-        view[0], view[at.channel_dim] = channels.shape
-        return x * channels.view(view)
+        return scale_channels(x, channel_gain(values, active, at.units, gate.channels), at.channel_dim)
 
 
 class _ScaleInput(_Scale):

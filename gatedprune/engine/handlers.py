@@ -1,0 +1,328 @@
+"""Which operators run on narrow tensors, and how. One function an operator kind; None means: widen, and run as captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from ..sites import rules
+from . import narrow
+from .layout import Layout
+
+if TYPE_CHECKING:
+    from .lowering import Lowering
+
+__all__ = ["handler_of"]
+
+Handler = Callable[["Lowering", fx.Node, list[fx.Node]], "fx.Node | None"]
+
+_aten = torch.ops.aten
+_INPLACE = {"relu": _aten.relu_.default, "silu": _aten.silu_.default, "hardswish": _aten.hardswish_.default}
+# Their arguments name sizes: the narrow dimension's is replaced.
+_SIZED = frozenset("view reshape _unsafe_view expand unflatten".split())
+_SPLITTING = frozenset("split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split".split())
+# Their arguments name dimensions only.
+_UNSIZED = frozenset(
+    "flatten squeeze unsqueeze permute transpose t numpy_T movedim swapaxes swapdims select unbind slice roll flip".split()
+)
+
+
+def handler_of(name: str) -> Handler | None:
+    """The handler of an operator, by its name without overload and trailing underscore."""
+    if name in _TABLE:
+        return _TABLE[name]
+    if name in rules.ELEMENTWISE or name in rules.SPATIAL or name in rules.REDUCTION or name in rules.OVER_DIM:
+        return _pointwise
+    if name in rules.BINARY:
+        return _binary
+    return None
+
+
+def _norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    """A batch norm in eval mode that could not be folded."""
+    affine, layout = low.constants.affine(node), low.state[held[0]]
+    if affine is None or held != [node.args[0]]:
+        return None
+    dtype = node.meta["val"].dtype
+    module = narrow.NarrowAffine(affine[0].to(dtype), affine[1].to(dtype))
+    low.state[node] = layout
+    return low.module(low.name(node), module, (low.env[held[0]], low.index(layout)))
+
+
+def _same(low: Lowering, node: fx.Node, source: fx.Node) -> Layout | None:
+    """The layout of ``node`` if it holds the channels of ``source``, in the same order, along some dimension."""
+    before, after = low.state[source], low.layouts.of(node)
+    return after if isinstance(before, Layout) and after is not None and before.key == after.key else None
+
+
+def _scalar(low: Lowering, node: fx.Node) -> bool:
+    """A size or another value without channels."""
+    if low.flow.labelled(node) is not None:
+        return False
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or (low.constants.holds(node) and low.constants.value(node).numel() == 1)
+
+
+def _pointwise(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    """An operator that treats every channel alike, so that it runs on a narrow tensor unchanged."""
+    x = node.args[0]
+    if held != [x] or not all(_scalar(low, a) for a in node.all_input_nodes if a is not x):
+        return None
+    after = _same(low, node, held[0])
+    if after is None or not _keeps_dims(node, low.state[held[0]], len(low.flow.shape(held[0]))):
+        return None
+    low.state[node] = after
+    target = _INPLACE.get(rules.op_name(node.target)) if _fresh(low, held[0]) else None
+    if target is not None:
+        return low.graph.call_function(target, (low.env[held[0]],))
+    return low.graph.node_copy(node, low.env.__getitem__)
+
+
+def _keeps_dims(node: fx.Node, layout: Layout, rank: int) -> bool:
+    """Whether a softmax or the like does not run over the channels."""
+    if rules.op_name(node.target) not in rules.OVER_DIM:
+        return True
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
+    return isinstance(dim, int) and dim % rank != layout.dim
+
+
+def _layer_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    """A norm inside each head: it does not see which heads there are."""
+    layout = _same(low, node, held[0])
+    if layout is None or held != [node.args[0]] or layout.dim >= len(low.flow.shape(node)) - len(node.args[1]):  # type: ignore[arg-type]
+        return None
+    low.state[node] = layout
+    return low.graph.node_copy(node, low.env.__getitem__)
+
+
+def _fresh(low: Lowering, node: fx.Node) -> bool:
+    """Whether the lowered value was just made by a layer and has this one reader: then it may be overwritten."""
+    value = low.env[node]
+    if len(node.users) > 1 or value.op != "call_module":
+        return False
+    return isinstance(low.root.get_submodule(str(value.target)), (narrow.NarrowConv2d, narrow.NarrowLinear, narrow.NarrowAffine))
+
+
+def _binary(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    if any(join.node is node for join in low.flow.joins):
+        return _join(low, node)
+    layout = _same(low, node, held[0])
+    if layout is None or node.kwargs:
+        return None
+    shape = low.flow.shape(node)
+    values: dict[fx.Node, fx.Node] = {}
+    for operand in node.all_input_nodes:
+        own = low.state.get(operand)
+        if isinstance(own, Layout):
+            if own.key != layout.key or own.dim + len(shape) - len(low.flow.shape(operand)) != layout.dim:
+                return None
+            values[operand] = low.env[operand]
+        elif _scalar(low, operand) or _without_channels(low, operand, layout.dim, len(shape)):
+            values[operand] = low.env[operand]
+        elif low.constants.holds(operand) or _could_be(low, operand, layout, len(shape)):
+            module = narrow.Take(layout.dim, len(shape))
+            values[operand] = low.module("take", module, (low.env[operand], low.index(layout), low.env[held[0]]))
+        else:
+            return None
+    low.state[node] = layout
+    return low.graph.node_copy(node, values.__getitem__)
+
+
+def _without_channels(low: Lowering, operand: fx.Node, dim: int, rank: int) -> bool:
+    """Whether an operand has length 1 along the channels of the result, so that it broadcasts over narrow ones too."""
+    value = operand.meta.get("val")
+    shape = value.shape if isinstance(value, Tensor) else low.constants.value(operand).shape
+    at = dim - (rank - len(shape))
+    return at < 0 or shape[at] == 1
+
+
+def _could_be(low: Lowering, operand: fx.Node, layout: Layout, rank: int) -> bool:
+    """Whether a full operand has the channels of the layout, so that its active ones can be taken."""
+    other = low.layouts.of(operand)
+    return other is not None and other.key == layout.key and other.dim + rank - len(low.flow.shape(operand)) == layout.dim
+
+
+def _join(low: Lowering, node: fx.Node) -> fx.Node | None:
+    """A residual addition: the narrow branch is added to its channels of the stream, in place where nobody minds."""
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    held = [a for a in operands if low.state.get(a) is not None]
+    if rules.op_name(node.target) != "add" or node.kwargs or len(node.args) != 2 or len(operands) != 2:
+        return None
+    branch = held[0]
+    stream = operands[1] if branch is operands[0] else operands[0]
+    layout = low.state[branch]
+    if {low.flow.shape(branch), low.flow.shape(stream)} != {low.flow.shape(node)} or low.wakened(node):
+        return None
+    if branch in node.all_input_nodes and low.constants.holds(stream):
+        return None
+    full = low.full(stream)
+    inplace = full is not low.env[stream] or _last_use(low, stream, node)
+    low.state[node] = None
+    module = narrow.AddInto(layout.dim, inplace)
+    return low.module(low.name(node, "add"), module, (full, low.env[branch], low.index(layout)))
+
+
+def _last_use(low: Lowering, value: fx.Node, user: fx.Node) -> bool:
+    """Whether nothing after ``user`` reads the memory of ``value``, and the memory is the graph's own."""
+    group, todo = {value}, [value]
+    while todo:
+        node = todo.pop()
+        if node.op != "call_function":
+            return False
+        related = [a for a in node.all_input_nodes if _aliases(node, a)] + [u for u in node.users if _aliases(u, node)]
+        for other in related:
+            if other not in group and other is not user:
+                group.add(other)
+                todo.append(other)
+    return all(low.order[u] <= low.order[user] for n in group for u in n.users)
+
+
+def _aliases(node: fx.Node, arg: fx.Node) -> bool:
+    """Whether the operator's result may share memory with that argument."""
+    name = rules.op_name(node.target)
+    shares = name in rules.MOVEMENT or name in "getitem dropout contiguous to alias detach feature_dropout type_as".split()
+    schema = getattr(node.target, "_schema", None)
+    return (shares or (schema is not None and schema.name.endswith("_"))) and bool(node.args) and node.args[0] is arg
+
+
+def _cat(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+    layout = low.layouts.of(node)
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if layout is None or not low.layouts.regular(layout) or dim % len(low.flow.shape(node)) != layout.dim:  # type: ignore[operator]
+        return None
+    for part in parts:  # a full part must have no channel that the sites would suppress
+        if low.state.get(part) is None and low.layouts.of(part) is not None:
+            return None
+    low.state[node] = layout
+    return low.graph.create_node("call_function", node.target, ([low.env[p] for p in parts], dim))
+
+
+def _size(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    layout, dim = low.state[held[0]], node.args[1]
+    if dim % len(low.flow.shape(held[0])) == layout.dim:  # type: ignore[operator]
+        return None
+    return low.graph.node_copy(node, low.env.__getitem__)
+
+
+def _move(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    """Views, permutations and splits. The narrow tensor holds a row-major subset, so the same view of it is right once
+    the narrow dimension's size is its own."""
+    if held != [node.args[0]]:
+        return None
+    name, before = rules.op_name(node.target), low.state[held[0]]
+    value = low.flow.values[node]
+    after = _element_layouts(low, node, value) if isinstance(value, (tuple, list)) else low.layouts.of(node)
+    pieces = after if isinstance(after, tuple) else (after,)
+    if any(p is not None and not low.layouts.regular(p) for p in pieces) or all(p is None for p in pieces):
+        return None
+    args = list(node.args)
+    if name in _SIZED:
+        if not isinstance(after, Layout):
+            return None
+        at = 2 if name == "unflatten" else 1
+        sizes = list(node.args[at])  # type: ignore[arg-type]
+        place = after.dim
+        if name == "unflatten":
+            place -= node.args[1] % len(low.flow.shape(held[0]))  # type: ignore[operator]
+        elif name == "expand":
+            place += len(sizes) - len(low.flow.shape(node))
+        if not 0 <= place < len(sizes):
+            place = -1
+        if place >= 0 and sizes[place] != -1:
+            sizes[place] = low.active_channels(after)
+        args[at] = sizes
+    elif name in _SPLITTING:
+        dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % len(low.flow.shape(held[0]))  # type: ignore[operator]
+        if dim == before.dim:
+            if any(p is None for p in pieces):
+                return None
+            low.state[node] = after
+            counts = [low.active_channels(p) for p in pieces if p is not None]
+            return low.graph.call_function(_aten.split_with_sizes.default, (low.env[held[0]], counts, dim))
+    elif name in ("select", "unbind", "slice", "roll", "flip") and not _beside(low, node, name, before):
+        return None
+    low.state[node] = after
+    new = low.graph.node_copy(node, low.env.__getitem__)
+    new.args = tuple(fx.map_arg(args, low.env.__getitem__))
+    return new
+
+
+def _beside(low: Lowering, node: fx.Node, name: str, layout: Layout) -> bool:
+    """Whether the dimension that the operator works on is another than the channels'."""
+    rank = len(low.flow.shape(node.args[0]))  # type: ignore[arg-type]
+    default = 0
+    dims = (node.args[2] if len(node.args) > 2 else None) if name == "roll" else (
+        node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", default))  # fmt: skip
+    if dims is None:
+        return False
+    return all(d % rank != layout.dim for d in (dims if isinstance(dims, (list, tuple)) else [dims]))  # type: ignore[operator, union-attr]
+
+
+def _element_layouts(low: Lowering, node: fx.Node, value: Any) -> tuple[Layout | None, ...]:
+    return tuple(low.layouts.of_labels(v) if isinstance(v, Tensor) else None for v in value)
+
+
+def _getitem(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    elements = low.state[held[0]]
+    if not isinstance(elements, tuple):
+        return None
+    low.state[node] = elements[node.args[1]]  # type: ignore[index]
+    return low.graph.node_copy(node, low.env.__getitem__)
+
+
+def _attention(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    """Scaled dot-product attention over the active heads."""
+    layout = low.layouts.of(node)
+    states = [low.state.get(a) for a in node.args[:3]]  # type: ignore[arg-type]
+    if layout is None or not all(isinstance(s, Layout) and s.key == layout.key and s.dim == layout.dim for s in states):
+        return None
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    values = {a: low.env[a] for a in node.all_input_nodes}
+    if isinstance(mask, fx.Node) and not _without_channels(low, mask, layout.dim, 4):
+        if not low.constants.holds(mask):
+            return None
+        values[mask] = low.module("take", narrow.Take(layout.dim, 4), (low.env[mask], low.index(layout), low.env[held[0]]))
+    low.state[node] = layout
+    return low.graph.node_copy(node, values.__getitem__)
+
+
+def _matmul(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    """A product over active heads: both factors hold the same ones along a leading dimension."""
+    layout, rank = low.layouts.of(node), len(low.flow.shape(node))
+    if layout is None or layout.dim >= rank - 2:
+        return None
+    for operand in node.args[:2]:
+        state = low.state.get(operand)  # type: ignore[arg-type]
+        shift = rank - len(low.flow.shape(operand))  # type: ignore[arg-type]
+        if not isinstance(state, Layout) or state.key != layout.key or state.dim + shift != layout.dim:
+            return None
+    low.state[node] = layout
+    return low.graph.node_copy(node, low.env.__getitem__)
+
+
+def _pad(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    layout, pad = low.state[held[0]], node.args[1]
+    if layout.dim >= len(low.flow.shape(held[0])) - len(pad) // 2:  # type: ignore[arg-type]
+        return None
+    return _pointwise(low, node, held)
+
+
+_TABLE: dict[str, Handler] = {
+    "batch_norm": _norm,
+    "layer_norm": _layer_norm,
+    "rms_norm": _layer_norm,
+    "cat": _cat,
+    "concat": _cat,
+    "sym_size": _size,
+    "getitem": _getitem,
+    "scaled_dot_product_attention": _attention,
+    "matmul": _matmul,
+    "bmm": _matmul,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
+    **dict.fromkeys(_SIZED | _SPLITTING | _UNSIZED, _move),
+}
