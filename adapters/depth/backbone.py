@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gatedprune.errors import CheckpointError, ModelError
 
-__all__ = ["build_backbone", "feature_layout", "to_channels_first"]
+__all__ = ["build_backbone", "feature_layout", "is_channels_last"]
 
 
 def build_backbone(
@@ -122,14 +122,9 @@ def feature_layout(backbone: nn.Module) -> tuple[list[int], list[int]]:
     return list(info.channels()), list(info.reduction())
 
 
-def to_channels_first(feature: Tensor, channels: int) -> Tensor:
-    """Return a feature map as (B, C, H, W): some transformers give (B, H, W, C).
+def is_channels_last(backbone: nn.Module) -> bool:
+    """Whether the backbone's maps are (B, H, W, C), as some transformers' are, and not (B, C, H, W).
 
-    Raises:
-        ModelError: neither dimension holds `channels`.
+    This is asked of the backbone, and not read off the maps: their channels become fewer when it is pruned.
     """
-    if feature.ndim == 4 and feature.shape[1] == channels:
-        return feature
-    if feature.ndim == 4 and feature.shape[-1] == channels:
-        return feature.permute(0, 3, 1, 2).contiguous()
-    raise ModelError(f"A feature map of shape {tuple(feature.shape)} should have had {channels} channels.")
+    return str(getattr(getattr(backbone, "output_fmt", None), "value", "NCHW")) == "NHWC"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gatedprune.errors import ConfigError, DataError
 
-from .backbone import build_backbone, feature_layout, to_channels_first
+from .backbone import build_backbone, feature_layout, is_channels_last
 from .decoder import BilinearDecoder
 
 __all__ = ["DepthModel"]
@@ -77,11 +77,12 @@ class DepthModel(nn.Module):
                 backbone, pretrained=pretrained, weights=weights, options=backbone_options
             )
         self.min_depth, self.max_depth = float(min_depth), float(max_depth)
-        self.feature_channels, reductions = feature_layout(self.backbone)
+        channels, reductions = feature_layout(self.backbone)
+        self.channels_last = is_channels_last(self.backbone)
         # Strides that remain above the finest map are undone by stages without a skip.
         plain = math.ceil(math.log2(reductions[0]))
         widths = _stage_widths(decoder_channels, len(reductions) - 1 + plain)
-        self.decoder = BilinearDecoder(self.feature_channels, widths)
+        self.decoder = BilinearDecoder(channels, widths)
         self.head = nn.Conv2d(widths[-1], 1, 3, padding=1)
         nn.init.zeros_(self.head.bias)
         config = getattr(self.backbone, "pretrained_cfg", None) or {}
@@ -98,7 +99,7 @@ class DepthModel(nn.Module):
         _check_image(image)
         size = image.shape[-2:]
         maps = self.backbone((image - self.mean) / self.std)
-        features = [to_channels_first(m, c) for m, c in zip(maps, self.feature_channels, strict=True)]
+        features = [m.permute(0, 3, 1, 2).contiguous() for m in maps] if self.channels_last else maps
         logit = self.head(self.decoder(features, size))
         if logit.shape[-2:] != size:  # a backbone with a full-size map that is cropped or padded
             logit = F.interpolate(logit, size=tuple(size), mode="bilinear", align_corners=False)

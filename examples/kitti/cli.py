@@ -51,6 +51,8 @@ def _demo(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.streets is not None:
         given["train_streets"], given["test_streets"] = options.streets, max(1, options.streets // 5)
+    if options.training_seconds is not None:
+        given["training_seconds"] = options.training_seconds or None
     run_demo(options.out, replace(DemoConfig(), **given), progress=not options.quiet)
     return 0
 

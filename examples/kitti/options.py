@@ -199,6 +199,11 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--threads", type=int, help="of the timing (default: 1)")
     command.add_argument("--seed", type=int, help="default: 0")
+    command.add_argument(
+        "--training-seconds",
+        type=float,
+        help="train less on a machine that needs longer (default: 150; 0: never)",
+    )
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:
