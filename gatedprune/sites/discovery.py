@@ -87,6 +87,7 @@ class _Discovery:
         self.joined = {int(r) for join in flow.joins for r in flow.units.find(join.labels)}
         self.skipped: dict[str, str] = {}
         self.roots_of: dict[fx.Node, set[int]] = {}
+        self.index: dict[int, tuple[list[np.ndarray], dict[int, list[int]]]] = {}
         self.heads = {int(r) for use in flow.mixers for r in np.unique(flow.units.find(use.labels))}
         self.total = sum(flow.macs.values())
 
@@ -107,10 +108,10 @@ class _Discovery:
                 self._skip(use.node, self.pinned[first[0]])
         self.readers: set[int] = {int(r) for use in flow.consumers for r in flow.units.find(use.labels)}
         sites: dict[str, SiteNodes] = {}
-        for (i, members, joined), roots in sorted(grouped.items(), key=lambda item: (item[0][0], item[1][0])):
+        for (i, _, joined), roots in sorted(grouped.items(), key=lambda item: (item[0][0], item[1][0])):
             node = producers[i][0].node
             try:
-                found = self._site(node, [producers[m][0] for m in members], np.array(roots), joined, sites)
+                found = self._site(node, np.array(roots), joined, sites)
             except _Skip as reason:
                 self._skip(node, str(reason))
             else:
@@ -127,15 +128,23 @@ class _Discovery:
 
     def _uses(self, uses: list[Use], roots: np.ndarray) -> list[tuple[Use, np.ndarray]]:
         """The uses that touch the site, each with its channel → unit map."""
-        out, order = [], np.argsort(roots)
+        if id(uses) not in self.index:  # one pass over the graph's uses, then a look-up for each site
+            found = [self.flow.units.find(use.labels) for use in uses]
+            touching: dict[int, list[int]] = defaultdict(list)
+            for i, labels in enumerate(found):
+                for root in np.unique(labels).tolist():
+                    touching[root].append(i)
+            self.index[id(uses)] = (found, touching)
+        found, touching = self.index[id(uses)]
+        hits = sorted({i for root in roots.tolist() for i in touching.get(root, ())})
+        return [(uses[i], self._units(found[i], roots)) for i in hits]
+
+    def _units(self, found: np.ndarray, roots: np.ndarray) -> np.ndarray:
+        """Position in ``roots`` of each representative; −1 where it is none of them."""
+        order = np.argsort(roots)
         ordered = roots[order]
-        for use in uses:
-            found = self.flow.units.find(use.labels)
-            at = np.searchsorted(ordered, found).clip(max=len(roots) - 1)
-            units = np.where(ordered[at] == found, order[at], -1)
-            if (units >= 0).any():
-                out.append((use, units))
-        return out
+        at = np.searchsorted(ordered, found).clip(max=len(roots) - 1)
+        return np.where(ordered[at] == found, order[at], -1)
 
     def _nodes(self, roots: np.ndarray) -> list[fx.Node]:
         flow = self.flow
@@ -150,7 +159,7 @@ class _Discovery:
             path = str(weight.target).rpartition(".")[0]  # the module that owns the weight, also in functional calls
         return Edge(path, op, dim, torch.from_numpy(units))
 
-    def _site(self, node: fx.Node, members: list[Use], roots: np.ndarray, joined: bool, known: dict) -> SiteNodes:
+    def _site(self, node: fx.Node, roots: np.ndarray, joined: bool, known: dict) -> SiteNodes:
         flow, channels = self.flow, len(roots)
         if channels < 2:
             raise _Skip("all of its channels can only be removed together")
@@ -178,7 +187,7 @@ class _Discovery:
             kind="stream" if joined else "inner",
             channels=channels,
             in_channels=in_channels,
-            producers=tuple(self._edge(u, m, 0) for u, m in self._uses(members, roots)),
+            producers=tuple(self._edge(u, m, 0) for u, m in self._uses(flow.producers, roots)),
             carriers=tuple(self._edge(u, m, 0) for u, m in carriers),
             consumers=tuple(self._edge(u, m, 1) for u, m in consumers),
             gate_at=Attach(gate_path, "input", channel_dim),
@@ -240,7 +249,7 @@ class _Discovery:
         dims = [d for d, s in enumerate(small.shape) if s > 1]
         if len(dims) != 1:
             raise _Skip("its channels are spread over several dimensions of a tensor")
-        (_, units), = self._uses([Use(value, small.reshape(-1))], roots)  # fmt: skip
+        units = self._units(small.reshape(-1), roots)
         return dims[0], None if identity_units(units, len(roots)) else torch.from_numpy(units)
 
     def _touches(self, node: fx.Node, roots: set[int]) -> bool:

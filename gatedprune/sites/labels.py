@@ -14,9 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-__all__ = ["WILD", "Const", "Join", "Units", "Use", "compress"]
+__all__ = ["WILD", "Const", "Join", "Units", "Use", "compress", "rebroadcast"]
 
 WILD = -1  # an element that belongs to no unit and constrains none (padding, a class token)
+
+
+def rebroadcast(labels: Tensor) -> Tensor:
+    """The same labels with every dimension along which they are constant made a broadcast again."""
+    small = labels
+    for d in range(labels.dim()):
+        if small.shape[d] > 1:
+            first = small.narrow(d, 0, 1)
+            if small.stride(d) == 0 or bool((small == first).all()):
+                small = first
+    return small.expand(labels.shape)
 
 
 @dataclass(frozen=True)

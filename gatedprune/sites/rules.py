@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .capture import concrete
-from .labels import WILD, Join, Use, compress
+from .labels import WILD, Join, Use, compress, rebroadcast
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -165,14 +165,15 @@ def _join(flow: Flow, node: fx.Node, ra: np.ndarray, rb: np.ndarray) -> Tensor:
 
 def _move(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     try:
-        return node.target(*args, **kwargs)
+        out = node.target(*args, **kwargs)
     except (RuntimeError, TypeError):
         # A view of a broadcast may need a copy.
         dense = tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) else v, args)
         try:
-            return node.target(*dense, **kwargs)
+            out = node.target(*dense, **kwargs)
         except (RuntimeError, TypeError):
             return NotImplemented
+    return tree_map(lambda v: rebroadcast(v) if isinstance(v, Tensor) else v, out)
 
 
 def _cat(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -190,7 +191,7 @@ def _cat(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 def _stack(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     parts = [p if isinstance(p, Tensor) else torch.full((1,), WILD).expand(p.shape) for p in args[0]]
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    return torch.stack(parts, dim)
+    return rebroadcast(torch.stack(parts, dim))
 
 
 def _pad(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
