@@ -132,6 +132,14 @@ def test_a_gated_model_is_compared_as_it_is_and_left_alone() -> None:
     assert result.equality.same_channels
 
 
+def test_a_dense_model_is_left_alone() -> None:
+    model = Small()
+    keys = list(model.state_dict())
+    compare(model, torch.randn(IMAGES), warmup=0, repeats=1)
+    assert not gatedprune.is_gated(model)
+    assert list(model.state_dict()) == keys
+
+
 def test_sites_on_the_stream_are_said_to_be_dynamic_only() -> None:
     images = torch.randn(IMAGES)
     result = compare(resnet(), images, config=gatedprune.GateConfig(stream=True), warmup=0, repeats=1)
@@ -170,14 +178,24 @@ def test_equality_on_a_choice_that_varies_and_on_another_model() -> None:
     images = torch.randn(4, 3, 64, 64) * torch.rand(4, 3, 1, 1) * 3
     gated = trained(Small(), images)
     fast = gatedprune.compact(gated, images)
-    equality = check_equality(gated, fast, (images,))
+    report = check_equality(gated, fast, (images,))
     assert any(len(gate.last_active.unique(dim=0)) > 1 for gate in gated.gates.values())
-    assert equality.green and equality.float64 < 1e-9
+    assert report.green and report.float64 < 1e-9
     other = copy.deepcopy(gated)
     with torch.no_grad():
         other.body[5].weight.mul_(1 + 1e-5)
     with pytest.raises(ModelError, match="was not timed"):
         check_equality(other, fast, (images,))
+    # Where even the chosen channels differ, rounding may not serve as the excuse: float64 tells.
+    with pytest.raises(ModelError, match="was not timed"):
+        check_equality(trained(Small(), images), fast, (images,))
+
+
+def test_nan_is_never_small() -> None:
+    zero, nan = torch.zeros(2), torch.tensor([0.0, float("nan")])
+    for pair in ([zero, nan], [nan, zero]):
+        assert equality._largest(pair, [zero, zero]) == float("inf")
+        assert equality._rms(pair, [zero, zero]) == float("inf")
 
 
 @pytest.mark.parametrize(

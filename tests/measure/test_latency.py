@@ -75,6 +75,18 @@ def test_measures_milliseconds_in_order() -> None:
     assert f"{found['slow'].median_ms:.2f} ms" in str(found["slow"])
 
 
+def test_warm_up_is_not_timed() -> None:
+    model = Recorder("a", [], pause=0.5)
+
+    def quick_after_the_first(x: Tensor) -> Tensor:
+        y = model(x)
+        model.pause = 0.0
+        return y
+
+    found = measure_latency({"a": quick_after_the_first}, torch.zeros(4, 2), warmup=1, repeats=1)
+    assert found["a"].median_ms < 200
+
+
 def test_several_arguments() -> None:
     found = measure_latency({"add": torch.add}, (torch.zeros(3, 2), torch.zeros(3, 2)), warmup=0, repeats=1)
     assert found["add"].batch == 3
