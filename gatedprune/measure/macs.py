@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..engine import CompactModel, NarrowConv2d, NarrowLinear, Selector
 from ..gates import Gate
-from ..sites import evaluating
 from .inputs import as_arguments, first_tensor
 
 __all__ = ["MacCount", "count_macs", "count_parameters", "flop_counter_macs"]
@@ -96,7 +95,8 @@ def count_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> MacCount:
     thop = _thop()
     arguments = as_arguments(inputs, "count_macs()")
     batch = first_tensor(arguments).shape[0]
-    model = copy.deepcopy(model)  # thop leaves buffers in what it profiles
+    # thop leaves buffers in what it profiles; the flop counter breaks on a parameter as a layer's argument.
+    model = copy.deepcopy(model).requires_grad_(False)
     if isinstance(model, CompactModel):
         model.prepare(*arguments)  # makes the layers for this image size, if it has none yet
     with FlopCounterMode(display=False) as operators:
@@ -123,7 +123,8 @@ def flop_counter_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> int
         DataError: The inputs hold no tensor with a batch dimension.
     """
     arguments = as_arguments(inputs, "flop_counter_macs()")
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as operators:
+    model = copy.deepcopy(model).requires_grad_(False).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as operators:
         model(*arguments)
     return _each(operators.get_total_flops() // 2, first_tensor(arguments).shape[0])
 

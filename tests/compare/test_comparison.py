@@ -14,7 +14,7 @@ from torch import nn
 
 import gatedprune
 from gatedprune import compare
-from gatedprune.compare import Comparison, compare_models, comparison
+from gatedprune.compare import Comparison, compare_models, comparison, equality
 from gatedprune.compare.equality import Equality, check_equality
 from gatedprune.engine import NarrowConv2d
 from gatedprune.errors import ConfigError, DataError, ModelError

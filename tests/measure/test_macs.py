@@ -100,6 +100,25 @@ def test_a_layer_used_in_two_places_counts_each_call_once() -> None:
     assert macs.total == macs.operators == 32
 
 
+class PassesItsParameter(nn.Module):
+    """Calls a layer with a view of a parameter as the argument, as attention pooling does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 4))
+        self.project = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(self.query.view(1, 4))
+
+
+def test_a_parameter_may_be_the_argument_of_a_layer() -> None:
+    # PyTorch's flop counter hooks arguments that require gradients, and fails where there is no graph.
+    model = PassesItsParameter()
+    assert count_macs(model, torch.randn(1, 4)).total == flop_counter_macs(model, torch.randn(1, 4)) == 16
+    assert model.query.requires_grad
+
+
 def test_model_and_state_dict_stay_as_they_are() -> None:
     model = timm.create_model("test_resnet.r160_in1k").train()
     model.bn1.eval()
@@ -136,6 +155,25 @@ def test_parameters_count_shared_tensors_once() -> None:
 def test_inputs_must_be_a_batch(inputs: object) -> None:
     with pytest.raises(DataError, match=r"The inputs of count_macs\(\) must"):
         count_macs(nn.Conv2d(3, 3, 1), inputs)  # type: ignore[arg-type]
+
+
+class Latent(nn.Module):
+    """A layer that is called on a parameter, as attention pooling does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent = nn.Parameter(torch.ones(1, 4))
+        self.query = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.query(self.latent) + x
+
+
+def test_a_parameter_may_be_the_argument_of_a_layer() -> None:
+    model = Latent()
+    assert count_macs(model, torch.zeros(1, 3)).total == 12
+    assert flop_counter_macs(model, torch.zeros(1, 3)) == 12
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_missing_thop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
