@@ -66,8 +66,13 @@ def prune_both(
     static = gatedprune.prune_static(gated, example_inputs=spec.example().to(device)).model
     gated_spec = replace(spec, gates=gates.to_dict())
     if dataset is not None and finetune is not None:
-        for label, model in (("fine-tuning, static ", static), ("fine-tuning, dynamic", gated)):
-            Trainer(model, dataset, finetune, spec=spec, device=device).fit(label=label, progress=progress)
+        dynamic = Trainer(gated, dataset, finetune, spec=spec, device=device)
+        dynamic.fit(label="fine-tuning, dynamic", progress=progress)
+        # Where time cut the first short, the second gets the same number of steps, however fast they are.
+        alike = replace(finetune, max_steps=dynamic.steps_done, max_seconds=None)
+        Trainer(static, dataset, alike, spec=spec, device=device).fit(
+            label="fine-tuning, static ", progress=progress
+        )
     return Trio(dense.eval(), static.eval(), gated.eval(), spec, gated_spec)
 
 

@@ -4,13 +4,11 @@ show.
 
 from __future__ import annotations
 
-import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import gatedprune
 
@@ -49,10 +47,9 @@ class DemoConfig:
     ratio: float = 0.5
     threads: int = 1
     seed: int = 0
-    training_seconds: float | None = 150.0
-    """Train fewer epochs where the whole training would take longer than this on this machine; None:
-    never.
-    """
+    training_seconds: float | None = 100.0
+    """Limit of the dense training, and 0.4 of it of each fine-tuning, so that a slow machine gets through;
+    None: no limit."""
 
 
 def run_demo(out: Path, config: DemoConfig | None = None, *, progress: bool = True) -> SideBySide:
@@ -85,9 +82,16 @@ def run_demo(out: Path, config: DemoConfig | None = None, *, progress: bool = Tr
         config.backbone, config.decoder_channels, image_size=config.input_size, input_size=config.input_size
     )
     dense = spec.build(weights=config.weights)
-    epochs, finetune_epochs = _affordable_epochs(dense, dataset, config)
+    limit = config.training_seconds
     train = TrainConfig(
-        epochs, config.batch_size, config.lr, optimizer="adamw", schedule="cosine", weight_decay=0.01
+        config.epochs,
+        config.batch_size,
+        config.lr,
+        optimizer="adamw",
+        schedule="cosine",
+        weight_decay=0.01,
+        seed=config.seed,
+        max_seconds=limit,
     )
     Trainer(dense, dataset, train, spec=spec).fit(label="training, dense     ", progress=progress)
     save_model(out / "dense.safetensors", dense, spec)
@@ -95,10 +99,13 @@ def run_demo(out: Path, config: DemoConfig | None = None, *, progress: bool = Tr
         f"3. Pruning {config.ratio:.0%} of each site's channels, statically and dynamically, and fine-tuning "
         "both alike"
     )
-    finetune = TrainConfig(
-        finetune_epochs, config.batch_size, config.finetune_lr, optimizer="adamw", schedule="cosine",
-        weight_decay=0.01, seed=config.seed + 1,
-    )  # fmt: skip
+    finetune = replace(
+        train,
+        epochs=config.finetune_epochs,
+        lr=config.finetune_lr,
+        seed=config.seed + 1,
+        max_seconds=None if limit is None else limit * 0.4,
+    )
     trio = prune_both(
         dense,
         spec,
@@ -125,35 +132,3 @@ def run_demo(out: Path, config: DemoConfig | None = None, *, progress: bool = Tr
     )
     print(f"Picture: {out / 'picture.png'}, table: {out / 'table.txt'}, in {time.monotonic() - began:.0f} s.")
     return result
-
-
-def _affordable_epochs(model: nn.Module, dataset: DepthDataset, config: DemoConfig) -> tuple[int, int]:
-    """Return the epochs of the training and of each fine-tuning: as configured, or fewer on a slow
-    machine.
-    """
-    wanted = config.epochs + 2 * config.finetune_epochs
-    steps = max(1, len(dataset) // config.batch_size)
-    if config.training_seconds is None:
-        return config.epochs, config.finetune_epochs
-    expected = _seconds_per_step(copy.deepcopy(model), config) * steps * wanted
-    share = min(1.0, config.training_seconds / expected)
-    if share == 1:
-        return config.epochs, config.finetune_epochs
-    epochs, finetune_epochs = (max(2, int(share * n)) for n in (config.epochs, config.finetune_epochs))
-    print(
-        f"   This machine would train for {expected:.0f} s as it is now: {epochs} epochs instead of "
-        f"{config.epochs}, "
-        f"and {finetune_epochs} instead of {config.finetune_epochs} for fine-tuning (--training-seconds 0 "
-        "trains all)"
-    )
-    return epochs, finetune_epochs
-
-
-def _seconds_per_step(model: nn.Module, config: DemoConfig) -> float:
-    images = torch.rand(config.batch_size, 3, *config.input_size)
-    times = []
-    for _ in range(4):
-        began = time.monotonic()
-        model.train()(images).mean().backward()
-        times.append(time.monotonic() - began)
-    return sorted(times)[1]  # the first is a warm-up, and the slowest of them

@@ -202,7 +202,7 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--training-seconds",
         type=float,
-        help="train less on a machine that needs longer (default: 150; 0: never)",
+        help="limit of the dense training, 0: none (default: 100)",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -46,6 +47,10 @@ class TrainConfig:
         seed: of the order of the samples and their augmentation.
         workers: processes that load samples; 0 loads in the main one.
         save_every: seconds between two saves of the state.
+        max_steps: end after so many steps, if the epochs have more.
+        max_seconds: end after about so many seconds, and let the schedule run out until then. How far
+            training gets then depends on the machine: for demonstrations, where time matters more than
+                repeating a number.
     """
 
     epochs: int = 30
@@ -59,6 +64,8 @@ class TrainConfig:
     seed: int = 0
     workers: int = 0
     save_every: float = 300.0
+    max_steps: int | None = None
+    max_seconds: float | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("optimizer", ("sgd", "adamw")), ("schedule", ("constant", "cosine"))):
@@ -106,6 +113,7 @@ class Trainer:
         self.losses: list[float] = []
         """Mean loss of each finished epoch."""
         self._running: list[float] = []
+        self._began = time.monotonic()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,9 +121,27 @@ class Trainer:
         return max(1, len(self.dataset) // self.config.batch_size)
 
     @property
+    def steps_done(self) -> int:
+        """Optimiser steps so far."""
+        return self.epoch * self.steps_per_epoch + self.step_in_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps in the whole training, unless its time runs out."""
+        steps = self.steps_per_epoch * self.config.epochs
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done; 1: finished."""
+        limit = self.config.max_seconds
+        elapsed = 0.0 if limit is None else (time.monotonic() - self._began) / limit
+        return min(1.0, max(self.steps_done / self.total_steps, elapsed))
+
+    @property
     def finished(self) -> bool:
-        """Whether all epochs are done."""
-        return self.epoch >= self.config.epochs
+        """Whether training is at its end."""
+        return self.progress >= 1
 
     def resume(self) -> bool:
         """Continue from the state file where there is one; return whether there was.
@@ -126,7 +152,7 @@ class Trainer:
         if self.state_file is None or not self.state_file.is_file():
             return False
         state = load_state(self.state_file, self.spec)
-        fixed = ("batch_size", "seed", "optimizer", "lr", "schedule", "epochs")
+        fixed = ("batch_size", "seed", "optimizer", "lr", "schedule", "epochs", "max_steps")
         changed = [name for name in fixed if state["config"][name] != getattr(self.config, name)]
         if changed:
             listed = ", ".join(f"{n}: {state['config'][n]}, now {getattr(self.config, n)}" for n in changed)
@@ -174,27 +200,22 @@ class Trainer:
         Raises:
             TrainingDivergedError: the loss is not finite. The state on disk is the last good one.
         """
-        total = self.steps_per_epoch * self.config.epochs
-        done = self.epoch * self.steps_per_epoch + self.step_in_epoch
+        self._began = last_save = time.monotonic()
         self.model.train()
-        with tqdm(total=total, initial=done, desc=label, unit="step", disable=not progress) as bar:
-            last_save = bar.format_dict["elapsed"]
+        with tqdm(
+            total=self.total_steps, initial=self.steps_done, desc=label, unit="step", disable=not progress
+        ) as bar:
             while not self.finished:
                 for image, depth in self._batches():
                     loss = self._step(image, depth)
-                    self._running.append(loss)
-                    self.step_in_epoch += 1
                     bar.set_postfix(epoch=self.epoch + 1, loss=f"{loss:.3f}", refresh=False)
                     bar.update()
-                    if self.step_in_epoch == self.steps_per_epoch:
+                    self._advance(loss)
+                    if self.finished or self.step_in_epoch == 0 or stop():
                         break
-                    if stop():
+                    if time.monotonic() - last_save > self.config.save_every:
                         self.save()
-                        return False
-                    if bar.format_dict["elapsed"] - last_save > self.config.save_every:
-                        self.save()
-                        last_save = bar.format_dict["elapsed"]
-                self._end_epoch()
+                        last_save = time.monotonic()
                 if stop() and not self.finished:
                     self.save()
                     return False
@@ -202,9 +223,12 @@ class Trainer:
         self.model.eval()
         return True
 
-    def _end_epoch(self) -> None:
-        self.losses.append(sum(self._running) / len(self._running))
-        self.epoch, self.step_in_epoch, self._running = self.epoch + 1, 0, []
+    def _advance(self, loss: float) -> None:
+        self._running.append(loss)
+        self.step_in_epoch += 1
+        if self.step_in_epoch == self.steps_per_epoch:
+            self.losses.append(sum(self._running) / len(self._running))
+            self.epoch, self.step_in_epoch, self._running = self.epoch + 1, 0, []
 
     def _batches(self) -> DataLoader:
         self.dataset.epoch = self.epoch
@@ -241,8 +265,7 @@ class Trainer:
     def _set_learning_rate(self) -> None:
         if self.config.schedule == "constant":
             return
-        total = self.steps_per_epoch * self.config.epochs
-        at = (self.epoch * self.steps_per_epoch + self.step_in_epoch + 1) / (total + 1)
+        at = max(self.progress, (self.steps_done + 1) / (self.total_steps + 1))
         warmup = 0.05
         factor = at / warmup if at < warmup else 0.5 * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup)))
         for group in self.optimizer.param_groups:
