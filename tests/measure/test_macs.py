@@ -157,25 +157,6 @@ def test_inputs_must_be_a_batch(inputs: object) -> None:
         count_macs(nn.Conv2d(3, 3, 1), inputs)  # type: ignore[arg-type]
 
 
-class Latent(nn.Module):
-    """A layer that is called on a parameter, as attention pooling does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.latent = nn.Parameter(torch.ones(1, 4))
-        self.query = nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.query(self.latent) + x
-
-
-def test_a_parameter_may_be_the_argument_of_a_layer() -> None:
-    model = Latent()
-    assert count_macs(model, torch.zeros(1, 3)).total == 12
-    assert flop_counter_macs(model, torch.zeros(1, 3)) == 12
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
 def test_missing_thop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "thop", None)
     with pytest.raises(ImportError, match=r"pip install 'gatedprune\[compare\]'"):
