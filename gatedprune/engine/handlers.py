@@ -277,15 +277,21 @@ def _getitem(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | Non
 def _attention(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     """Scaled dot-product attention over the active heads."""
     layout = low.layouts.of(node)
-    states = [low.state.get(a) for a in node.args[:3]]  # type: ignore[arg-type]
-    if layout is None or not all(isinstance(s, Layout) and s.key == layout.key and s.dim == layout.dim for s in states):
+    states: list[Any] = [low.state.get(a) for a in node.args[:3]]  # type: ignore[arg-type]
+    if layout is None:
+        return None
+    rank = len(low.flow.shape(node))
+    if states[:2] == [None, None] and isinstance(states[2], Layout) and states[2].key == layout.key and layout.dim == rank - 1:
+        low.state[node] = layout  # one head: only its values are narrow
+        return low.graph.node_copy(node, low.env.__getitem__)
+    if not all(isinstance(s, Layout) and s.key == layout.key and s.dim == layout.dim for s in states):
         return None
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     values = {a: low.env[a] for a in node.all_input_nodes}
-    if isinstance(mask, fx.Node) and not _without_channels(low, mask, layout.dim, 4):
+    if isinstance(mask, fx.Node) and not _without_channels(low, mask, layout.dim, rank):
         if not low.constants.holds(mask):
             return None
-        values[mask] = low.module("take", narrow.Take(layout.dim, 4), (low.env[mask], low.index(layout), low.env[held[0]]))
+        values[mask] = low.module("take", narrow.Take(layout.dim, rank), (low.env[mask], low.index(layout), low.env[held[0]]))
     low.state[node] = layout
     return low.graph.node_copy(node, values.__getitem__)
 
@@ -293,8 +299,15 @@ def _attention(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | N
 def _matmul(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     """A product over active heads: both factors hold the same ones along a leading dimension."""
     layout, rank = low.layouts.of(node), len(low.flow.shape(node))
-    if layout is None or layout.dim >= rank - 2:
+    if layout is None:
         return None
+    left, right = (low.state.get(a) for a in node.args[:2])  # type: ignore[arg-type]
+    if layout.dim >= rank - 2:  # no heads: the channels of one factor pass through
+        one, other = (right, left) if layout.dim == rank - 1 else (left, right)
+        if other is not None or not isinstance(one, Layout) or one.key != layout.key:
+            return None
+        low.state[node] = layout
+        return low.graph.node_copy(node, low.env.__getitem__)
     for operand in node.args[:2]:
         state = low.state.get(operand)  # type: ignore[arg-type]
         shift = rank - len(low.flow.shape(operand))  # type: ignore[arg-type]

@@ -97,7 +97,45 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
             "Give `example_inputs` that the model accepts, and keep data-dependent Python branches out of forward()."
         ) from error
     takes = inspect.signature(program.module).parameters
-    return program.module(check_guards=False) if "check_guards" in takes else program.module()
+    captured = program.module(check_guards=False) if "check_guards" in takes else program.module()
+    _inline_contexts(captured)
+    return captured
+
+
+def _inline_contexts(captured: fx.GraphModule) -> None:
+    """Put the bodies of ``torch.autocast(enabled=False)`` and ``torch.no_grad()`` blocks into the graph itself.
+
+    Outside autocast, and without gradients, they change nothing; as opaque calls they would hide every layer inside.
+    """
+    names = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}
+    for node in list(captured.graph.nodes):
+        at = names.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
+        if at is None or (at == 4 and node.args[2]):  # autocast that is switched on does change the numbers
+            continue
+        body = getattr(captured, str(node.args[at].target))
+        _inline_contexts(body)
+        env = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], node.args[at + 1 :]))
+        with captured.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "output":
+                    result = fx.map_arg(inner.args[0], env.__getitem__)
+                elif inner.op == "get_attr":
+                    name = f"{node.args[at].target}_{inner.target}".replace(".", "_")
+                    setattr(captured, name, _fetch(body, str(inner.target)))
+                    env[inner] = captured.graph.get_attr(name)
+                elif inner.op != "placeholder":
+                    env[inner] = captured.graph.node_copy(inner, env.__getitem__)
+        for user in list(node.users):  # the block's results, picked one by one
+            user.replace_all_uses_with(result[user.args[1]])
+            captured.graph.erase_node(user)
+        captured.graph.erase_node(node)
+    captured.recompile()
+
+
+def _fetch(module: Any, target: str) -> Any:
+    for name in target.split("."):
+        module = getattr(module, name)
+    return module
 
 
 def _first_line(error: Exception) -> str:

@@ -295,6 +295,10 @@ class _Discovery:
         name, known = rules.op_name(node.target), [a in zero for a in inputs]
         if name == "mul":
             return any(known)
+        if name == "scaled_dot_product_attention":
+            return node.args[2] in zero
+        if name in ("matmul", "bmm"):
+            return all(known)
         if name == "div":
             return bool(node.args) and node.args[0] in zero
         if name in ("add", "sub"):

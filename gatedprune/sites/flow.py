@@ -84,8 +84,8 @@ def trace_flow(graph_module: fx.GraphModule) -> Flow:
         if node.op == "placeholder":
             flow.values[node] = _placeholder(flow, node)
         elif node.op == "get_attr":
-            value = node.meta.get("val")
-            flow.values[node] = Const(tuple(_attribute(graph_module, node.target).shape if value is None else value.shape))
+            value = _attribute(graph_module, str(node.target))
+            flow.values[node] = Const(tuple(value.shape)) if isinstance(value, Tensor) else value
         elif node.op == "output":
             for label in _tensors(tree_map(lambda v: flow.values.get(v) if isinstance(v, fx.Node) else v, node.args)):
                 flow.units.pin(label, "its channels leave the model as an output")

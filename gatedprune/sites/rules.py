@@ -149,7 +149,8 @@ def _pair(flow: Flow, node: fx.Node, a: Tensor, b: Tensor, joins: bool) -> Tenso
     ra, rb = flow.units.find(ca), flow.units.find(cb)
     if np.array_equal(ra, rb):
         return ca.expand(shape)
-    if not joins:
+    permuted = set(ra.ravel().tolist()) == set(rb.ravel().tolist())  # x·cos + rotated(x)·sin, not a residual addition
+    if not joins or permuted:
         flow.units.union(ra, rb)
         return torch.from_numpy(np.where(ra == WILD, rb, ra)).expand(shape)
     return _join(flow, node, ra, rb).expand(shape)
@@ -224,9 +225,9 @@ def _reduction(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if not isinstance(val, Tensor):
         return NotImplemented
     dims = _reduced_dims(node, args, kwargs, x.dim())
-    out, constant = flow.units.reduce(x, dims)
-    if not constant:
+    if not _settle(flow, x, dims):
         return NotImplemented
+    out, _ = flow.units.reduce(x, dims)
     shape = flow.shape(node)
     if len(shape) != out.dim():
         out = out[tuple(0 if d in dims else slice(None) for d in range(out.dim()))]
@@ -235,8 +236,24 @@ def _reduction(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 def _over_dim(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", -1)
-    _, constant = flow.units.reduce(x, (dim,))
-    return x if constant and isinstance(node.meta["val"], Tensor) else NotImplemented
+    if not isinstance(node.meta["val"], Tensor) or not isinstance(dim, int):
+        return NotImplemented
+    return x if _settle(flow, x, (dim,)) else NotImplemented
+
+
+def _settle(flow: Flow, x: Tensor, dims: tuple[int, ...]) -> bool:
+    """Make labels constant along ``dims``, which an operator runs over; False where those are all the channels there are.
+
+    Where labels vary along other dimensions too (heads, the branches of split attention), what meets in the operator can
+    only be removed together: it is united.
+    """
+    roots, over = flow.units.varying(x), {d % x.dim() for d in dims}
+    if all(roots.shape[d] == 1 for d in over):
+        return True
+    if all(s == 1 for d, s in enumerate(roots.shape) if d not in over):
+        return False
+    flow.units.unite_within(x, dims)
+    return True
 
 
 def _batch_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -285,13 +302,7 @@ def _linear(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 def _layer_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """Normalised over its last dimensions: what is normalised together within a head or a group goes together."""
     x, shape = args[0], args[1]
-    dims = tuple(range(x.dim() - len(shape), x.dim()))
-    roots = flow.units.varying(x)
-    inside = [d for d in dims if roots.shape[d] > 1]
-    if inside and not any(roots.shape[d] > 1 for d in range(x.dim()) if d not in dims):
-        return NotImplemented  # one set of statistics over all channels
-    flow.units.unite_within(x, dims)
-    return x
+    return x if _settle(flow, x, tuple(range(x.dim() - len(shape), x.dim()))) else NotImplemented
 
 
 def _attend(flow: Flow, a: Tensor, b: Tensor) -> Tensor | None:
@@ -347,13 +358,13 @@ def _forget(flow: Flow, roots: np.ndarray) -> None:
 
 def _attention(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     q, k, v = args[:3]
-    if not all(isinstance(t, Tensor) and t.dim() == 4 for t in (q, k, v)) or kwargs.get("enable_gqa"):
+    if not all(isinstance(t, Tensor) and t.dim() >= 3 for t in (q, k, v)) or kwargs.get("enable_gqa"):
         return NotImplemented
     shape = flow.shape(node)
     flow.macs[node] = (math.prod(q.shape) + math.prod(shape)) * k.shape[-2] // flow.batch
     scores = _attend(flow, q, k.transpose(-2, -1))
     if scores is None:
-        return NotImplemented
+        return _single_head(flow, q, k, v, shape)
     heads = _attend(flow, scores.expand(*scores.shape[:-2], q.shape[-2], k.shape[-2]), v)
     if heads is None:
         return NotImplemented
@@ -362,6 +373,21 @@ def _attention(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         flow.units.pin(compress(mask), "it is added to attention scores")
     flow.mixers.append(Use(node, heads.numpy().ravel()))
     return heads.expand(shape)
+
+
+def _single_head(flow: Flow, q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, ...]) -> Any:
+    """Attention with one head: queries and keys are summed over, but the values' channels pass through."""
+    _forget(flow, compress(q).numpy())
+    _forget(flow, compress(k).numpy())
+    values = flow.units.varying(v)
+    if values.shape[-2] > 1:
+        return NotImplemented
+    return torch.from_numpy(values).expand(shape)
+
+
+def _nothing(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """An assertion: it has no result."""
+    return None
 
 
 def _getitem(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -383,4 +409,5 @@ _RULES: dict[str, Rule] = {
     "matmul": _matmul,
     "bmm": _matmul,
     "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"), _nothing),
 }
