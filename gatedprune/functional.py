@@ -128,4 +128,7 @@ def indexed_conv2d(
             w = w[:, in_active[b]]
         y = F.conv2d(x[b : b + 1], w, c, stride, padding, dilation)
         rows.append(y if gain is None else y * gain[b][None, :, None, None])
-    return torch.cat(rows) if rows else x.new_zeros(0, *F.conv2d(x.new_zeros(1, weight.shape[1], *x.shape[2:]), weight, None, stride, padding, dilation).shape[1:])
+    if rows:
+        return torch.cat(rows)
+    one = F.conv2d(x.new_zeros(1, weight.shape[1], *x.shape[2:]), weight, None, stride, padding, dilation)
+    return one.new_zeros(0, weight.shape[0] if out_active is None else out_active.shape[1], *one.shape[2:])

@@ -1,0 +1,83 @@
+"""The contract suite on timm's tiny models: every check, inner sites alone and with the residual stream's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+
+from gatedprune.errors import ModelError
+from gatedprune.testing import Case, Check, parametrize_checks
+
+# Small images: what is checked does not depend on the size. Models with position embeddings take it as an
+# argument.
+CONVOLUTIONAL: dict[str, Any] = {"size": 64}
+POSITIONAL: dict[str, Any] = {"size": 64, "img_size": 64}
+
+# Model → its size and the reference of contract 2. Where torch-pruning is able it must be used, so that no
+# failure of it passes unseen; the others say what it does with them (version 1.6.1).
+NO_END = "columns"  # torch-pruning does not come to an end
+LOSES_LAYER = "columns"  # "a layer would lose all of its channels"
+BAD_INDEX = "columns"  # an index map of torch-pruning's leaves its range
+FIXED_VIEW = "columns"  # a channel count is written into forward()
+ELEMENTWISE = "columns"  # it narrows parameters of element-wise operators that no site names
+
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "test_byobnet": (CONVOLUTIONAL, "torch-pruning"),
+    "test_coatnet": (POSITIONAL, NO_END),
+    "test_convnext": (CONVOLUTIONAL, "torch-pruning"),
+    "test_convnext2": (CONVOLUTIONAL, "torch-pruning"),
+    "test_convnext3": (CONVOLUTIONAL, "torch-pruning"),
+    "test_efficientnet": (CONVOLUTIONAL, "torch-pruning"),
+    "test_efficientnet_evos": (CONVOLUTIONAL, ELEMENTWISE),
+    "test_efficientnet_gn": (CONVOLUTIONAL, "auto"),
+    "test_efficientnet_ln": (CONVOLUTIONAL, "auto"),
+    "test_mambaout": (CONVOLUTIONAL, LOSES_LAYER),
+    "test_maxvit": (POSITIONAL, NO_END),
+    "test_nfnet": (CONVOLUTIONAL, BAD_INDEX),
+    "test_resnet": (CONVOLUTIONAL, "torch-pruning"),
+    "test_vit": (POSITIONAL, FIXED_VIEW),
+    "test_vit2": (POSITIONAL, FIXED_VIEW),
+    "test_vit3": (POSITIONAL, FIXED_VIEW),
+    "test_vit4": (POSITIONAL, FIXED_VIEW),
+    "test_vit_relpos": (POSITIONAL, LOSES_LAYER),
+}
+
+# What is known to be wrong: (case, check) → the reason. Strict: once mended, the entry must go.
+KNOWN: dict[tuple[str, str], str] = {}
+
+
+def case(name: str, stream: bool) -> Case:
+    options, oracle = MODELS[name]
+    options = dict(options)
+    size = options.pop("size")
+
+    def make() -> Any:
+        return timm.create_model(name, num_classes=10, **options)
+
+    return Case(make, size=size, stream=stream, name=name, oracle=oracle)
+
+
+CASES = [case(name, stream) for name in MODELS for stream in (False, True)]
+MARKS = {key: pytest.mark.xfail(reason=reason, strict=True) for key, reason in KNOWN.items()}
+
+
+def test_every_tiny_model_is_here() -> None:
+    assert sorted(MODELS) == sorted(timm.list_models("test_*"))
+
+
+def test_known_failures_name_cases_that_exist() -> None:
+    assert {name for name, _ in KNOWN} <= {c.label for c in CASES}
+
+
+@parametrize_checks(CASES, marks=MARKS)
+def test_contract(case: Case, check: Check) -> None:
+    try:
+        case.untouched()
+    except ModelError as error:
+        # A model without sites must say so, with a reason for every layer; it is tested as soon as it has
+        # some.
+        assert "can be gated" in str(error) and len(str(error).splitlines()) > 1
+        pytest.skip(f"{case.name} has no sites yet: {str(error).splitlines()[1].strip()}")
+    check(case)

@@ -1,0 +1,114 @@
+"""The gate: where it starts, what it ranks, what it remembers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from gatedprune.gates import Gate
+
+IMPORTANCE = torch.tensor([0.3, 2.0, 0.1, 1.1, 0.7])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("importance", [None, IMPORTANCE])
+def test_every_gain_starts_at_exactly_one(dtype: torch.dtype, importance: torch.Tensor | None) -> None:
+    gate = Gate(5, 3, 2, importance=importance, dtype=dtype)
+    gate(torch.randn(4, 3, 6, 6, dtype=dtype))
+    assert gate.last_gain is not None
+    assert gate.last_gain.dtype == dtype
+    assert torch.equal(gate.last_gain, torch.ones(4, 2, dtype=dtype))
+
+
+def test_it_ranks_by_importance_before_training() -> None:
+    gate = Gate(5, 3, 2, importance=IMPORTANCE)
+    assert gate(torch.randn(2, 3, 4, 4)).tolist() == [[1, 3], [1, 3]]
+    assert Gate(5, 3, 2)(torch.randn(1, 3, 4, 4)).tolist() == [[0, 1]]
+
+
+def test_gain_moves_with_the_saliency() -> None:
+    gate = Gate(3, 1, 3, importance=torch.tensor([1.0, 2.0, 0.5]))
+    with torch.no_grad():
+        gate.weight.copy_(torch.tensor([[0.25], [-5.0], [0.0]]))
+        gate.bias[2] += 0.5
+    gate(torch.full((1, 1, 2, 2), -1.0))
+    assert gate.last_gain is not None
+    assert gate.last_saliency is not None
+    assert gate.last_saliency.tolist() == [[1.25, 0.0, 1.0]]
+    # 1 + g − start, and never negative: 1 + 0 − 2 becomes 0.
+    assert gate.last_gain.tolist() == [[1.25, 0.0, 1.5]]
+
+
+def test_different_inputs_choose_different_channels() -> None:
+    gate = Gate(2, 2, 1)
+    with torch.no_grad():
+        gate.weight.copy_(torch.eye(2))
+    x = torch.zeros(2, 2, 3, 3)
+    x[0, 0], x[1, 1] = -4, 4
+    assert gate(x).tolist() == [[0], [1]]
+
+
+def test_without_boost_the_gain_is_a_mask() -> None:
+    gate = Gate(3, 2, 2, boost=False)
+    with torch.no_grad():
+        gate.weight.normal_()
+    gate(torch.randn(5, 2, 3, 3))
+    assert gate.last_gain is not None
+    assert torch.equal(gate.last_gain, torch.ones(5, 2))
+
+
+def test_tokens() -> None:
+    gate = Gate(4, 3, 2, channel_dim=2)
+    with torch.no_grad():
+        gate.weight.normal_()
+    tokens = torch.randn(2, 7, 3)
+    image = Gate(4, 3, 2)
+    image.load_state_dict(gate.state_dict())
+    assert torch.equal(gate(tokens), image(tokens.transpose(1, 2)))
+
+
+def test_ratio_is_the_share_of_suppressed_channels() -> None:
+    assert Gate(8, 1, 2).ratio == 0.75
+    assert Gate(8, 1, 8).ratio == 0
+
+
+def test_gradients_reach_winners_only() -> None:
+    gate = Gate(4, 2, 2, importance=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    gate(torch.rand(3, 2, 5, 5))
+    assert gate.last_gain is not None
+    gate.last_gain.sum().backward()
+    assert gate.bias.grad is not None
+    assert gate.weight.grad is not None
+    assert gate.bias.grad.tolist() == [0, 0, 3, 3]
+    assert gate.weight.grad.any(1).tolist() == [False, False, True, True]
+
+
+def test_clear_forgets() -> None:
+    gate = Gate(4, 2, 2)
+    gate(torch.rand(1, 2, 5, 5))
+    gate.clear()
+    assert gate.last_active is None
+    assert gate.last_gain is None
+    assert gate.last_saliency is None
+
+
+def test_copies_and_pickles_after_a_forward_pass() -> None:
+    gate = Gate(4, 2, 2, importance=torch.rand(4), boost=True)
+    gate(torch.rand(1, 2, 5, 5))  # last_gain is part of a graph now, which cannot be copied
+    for other in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
+        assert other.last_active is None
+        assert other.active_count == 2
+        assert torch.equal(other.bias, gate.bias)
+        assert other.bias is not gate.bias
+        x = torch.rand(3, 2, 5, 5)
+        assert torch.equal(other(x), gate(x))
+    assert gate.last_active is not None
+
+
+def test_start_is_kept_in_the_state_dict() -> None:
+    gate = Gate(5, 3, 2, importance=IMPORTANCE)
+    assert set(gate.state_dict()) == {"weight", "bias", "start"}
+    assert torch.equal(gate.state_dict()["start"], IMPORTANCE)
