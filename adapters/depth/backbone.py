@@ -14,6 +14,8 @@ from gatedprune.errors import CheckpointError, ModelError
 
 __all__ = ["build_backbone", "feature_layout", "is_channels_last"]
 
+UNLIKELY_SEED = 0x9E3779B97F4A7C15  # nobody's weights were drawn with it: a coincidence would look like a gap
+
 
 def build_backbone(
     name: str,
@@ -77,9 +79,9 @@ def _load_from_file(name: str, path: str, keywords: Mapping[str, Any]) -> nn.Mod
     # timm loads feature extractors non-strictly: a file of another architecture would be accepted in silence.
     # Weights that still equal the same seed's fresh ones were not in the file.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(UNLIKELY_SEED)
         fresh = _create(name, keywords)
-        torch.manual_seed(0)
+        torch.manual_seed(UNLIKELY_SEED)
         try:
             loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **keywords)
         except Exception as error:
