@@ -52,6 +52,19 @@ def _norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     return low.module(low.name(node), module, (low.env[held[0]], low.index(layout)))
 
 
+def _group_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    """Whole groups are active or not, so that each one's statistics are what they were."""
+    layout = _same(low, node, held[0])
+    _, groups, weight, bias, eps = (*node.args, *[None] * 5)[:5]
+    eps = node.kwargs.get("eps", 1e-5) if eps is None else eps
+    if layout is None or held != [node.args[0]] or not (low.constants.holds(weight) and low.constants.holds(bias)):
+        return None
+    values = [low.constants.value(v) for v in (weight, bias)]
+    module = narrow.NarrowGroupNorm(layout.channels // groups, *(None if v is None else v.clone() for v in values), eps)  # type: ignore[operator, arg-type]
+    low.state[node] = layout
+    return low.module(low.name(node), module, (low.env[held[0]], low.index(layout)))
+
+
 def _same(low: Lowering, node: fx.Node, source: fx.Node) -> Layout | None:
     """The layout of ``node`` if it holds the channels of ``source``, in the same order, along some dimension."""
     before, after = low.state[source], low.layouts.of(node)
@@ -326,6 +339,7 @@ def _pad(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
 
 _TABLE: dict[str, Handler] = {
     "batch_norm": _norm,
+    "group_norm": _group_norm,
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
     "cat": _cat,

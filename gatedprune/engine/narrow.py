@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..functional import channel_gain, per_row, subsample
 from ..gates import Gate
 
-__all__ = ["AddInto", "ChannelGain", "ChannelIndex", "NarrowAffine", "NarrowConv2d", "NarrowLinear", "Selector", "Take", "Widen"]
+__all__ = ["AddInto", "ChannelGain", "ChannelIndex", "NarrowAffine", "NarrowConv2d", "NarrowGroupNorm", "NarrowLinear", "Selector", "Take", "Widen"]
 
 
 class Selector(nn.Module):
@@ -180,6 +180,24 @@ class NarrowAffine(nn.Module):
         scale, shift = (per_row(v[index], x.shape[0]) for v in (scale, shift))
         view = (*scale.shape, *[1] * (x.dim() - 2))
         return torch.addcmul(shift.view(view), x, scale.view(view))
+
+
+class NarrowGroupNorm(nn.Module):
+    """A group norm over the active groups of ``size`` channels each; weight and bias are (C,) or None."""
+
+    def __init__(self, size: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        y = F.group_norm(x, x.shape[1] // self.size, eps=self.eps)
+        view = (x.shape[0], x.shape[1], *[1] * (x.dim() - 2))
+        for values, combine in ((self.weight, Tensor.mul_), (self.bias, Tensor.add_)):
+            if values is not None:
+                combine(y, per_row(values[index], x.shape[0]).view(view))
+        return y
 
 
 class Widen(nn.Module):

@@ -14,7 +14,7 @@ from . import rules
 from .boundary import Boundaries
 from .capture import capture, normalise_inputs, two_samples
 from .flow import Flow, trace_flow
-from .labels import Use, compress
+from .labels import Const, Use, compress
 from .site import Attach, Edge, Site, SiteReport, identity_units
 
 __all__ = ["Analysis", "SiteNodes", "analyse", "find_sites"]
@@ -153,11 +153,19 @@ class _Discovery:
 
     def _edge(self, use: Use, units: np.ndarray, dim: int) -> Edge:
         op = rules.op_name(use.node.target)
-        weight = use.node.args[1] if len(use.node.args) > 1 else None
-        path = self.boundaries.innermost(use.node)
-        if isinstance(weight, fx.Node) and weight.op == "get_attr":
-            path = str(weight.target).rpartition(".")[0]  # the module that owns the weight, also in functional calls
+        owner = self._owner(use.node)
+        path = self.boundaries.innermost(use.node) if owner is None else owner
         return Edge(path, op, dim, torch.from_numpy(units))
+
+    def _owner(self, node: fx.Node) -> str | None:
+        """The module that owns the operator's weight, also in functional calls and where the weight is computed."""
+        todo = [a for a in node.all_input_nodes if isinstance(self.flow.values.get(a), Const)]
+        while todo:
+            weight = todo.pop(0)
+            if weight.op == "get_attr":
+                return str(weight.target).rpartition(".")[0]
+            todo += weight.all_input_nodes
+        return None
 
     def _site(self, node: fx.Node, roots: np.ndarray, joined: bool, known: dict) -> SiteNodes:
         flow, channels = self.flow, len(roots)
@@ -212,12 +220,12 @@ class _Discovery:
             shape = self.flow.shape(value)
             if len(shape) < 2 or shape[0] != self.flow.batch:
                 continue
+            if value is producer.args[0]:
+                return path, value, len(shape) - 1 if rules.op_name(producer.target) == "linear" else 1
             labels = self.flow.labelled(value)
             varying = [] if labels is None else [d for d, s in enumerate(self.flow.units.varying(labels).shape) if s > 1]
             if len(varying) == 1 and varying[0] > 0:
                 return path, value, varying[0]
-            if value is producer.args[0]:
-                return path, value, len(shape) - 1 if rules.op_name(producer.target) == "linear" else 1
         raise _Skip("its input cannot be seen at the border of a module that runs once on one value")
 
     def _gain_node(self, producer: fx.Node, consumers: list[tuple[Use, np.ndarray]], heads: bool) -> fx.Node:
@@ -230,7 +238,7 @@ class _Discovery:
             assert isinstance(value, fx.Node)
             return value
         users = list(producer.users)
-        if len(users) == 1 and rules.op_name(users[0].target) == "batch_norm":
+        if len(users) == 1 and rules.op_name(users[0].target) in ("batch_norm", "group_norm"):
             return users[0]
         return producer
 

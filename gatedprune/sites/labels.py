@@ -114,12 +114,13 @@ class Units:
         return out
 
     def varying(self, labels: Tensor) -> np.ndarray:
-        """Representatives with every dimension along which they do not vary cut to length 1."""
+        """Representatives with every dimension along which they do not vary cut to length 1; wild ones do not count."""
         roots = self.find(compress(labels))
         for d in range(roots.ndim):
-            first = roots.take([0], axis=d)
-            if roots.shape[d] > 1 and (roots == first).all():
-                roots = first
+            if roots.shape[d] > 1:
+                top = roots.max(axis=d, keepdims=True)  # WILD is below every label
+                if ((roots == top) | (roots == WILD)).all():
+                    roots = top
         return roots
 
     def unite_within(self, labels: Tensor, dims: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .capture import concrete
-from .labels import WILD, Join, Use, compress, rebroadcast
+from .labels import WILD, Const, Join, Use, compress, rebroadcast
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -130,7 +130,20 @@ def _binary(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     out = operands[0]
     for other in operands[1:]:
         out = _pair(flow, node, out, other, joins=name in ("add", "sub", "rsub", "where", "lerp"))
-    return out.expand(shape)
+    out = out.expand(shape)
+    for arg in args:
+        if isinstance(arg, Const):
+            _carry_constant(flow, node, out, arg)
+    return out
+
+
+def _carry_constant(flow: Flow, node: fx.Node, labels: Tensor, constant: Const) -> None:
+    """A parameter with one value per channel (layer scale, a position embedding) is part of the site."""
+    roots = flow.units.varying(labels)
+    dims = [d for d, s in enumerate(roots.shape) if s > 1]
+    at = dims[0] - (labels.dim() - len(constant.shape)) if len(dims) == 1 else -1
+    if at >= 0 and constant.shape[at] == labels.shape[dims[0]] > 1:
+        flow.carry(node, roots.reshape(-1))
 
 
 def _pair(flow: Flow, node: fx.Node, a: Tensor, b: Tensor, joins: bool) -> Tensor:
@@ -258,6 +271,18 @@ def _settle(flow: Flow, x: Tensor, dims: tuple[int, ...]) -> bool:
 
 def _batch_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     labels = flow.units.along(args[0], 1)
+    flow.carry(node, labels)
+    return flow.spread(labels, 1, flow.shape(node))
+
+
+def _group_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """Channels of a group share their statistics: whole groups are suppressed, and the others do not notice."""
+    x, groups = args[0], args[1]
+    if groups < 2:
+        return NotImplemented  # one set of statistics over all channels
+    labels = flow.units.along(x, 1).reshape(groups, -1)
+    flow.units.union(np.broadcast_to(labels[:, :1], labels.shape), labels)
+    labels = flow.units.find(labels.ravel())
     flow.carry(node, labels)
     return flow.spread(labels, 1, flow.shape(node))
 
@@ -398,6 +423,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
     "linear": _linear,
     "batch_norm": _batch_norm,
+    "group_norm": _group_norm,
     "cat": _cat,
     "concat": _cat,
     "stack": _stack,
