@@ -103,9 +103,16 @@ def index_sets(draw: st.DrawFn, channels: int, samples: int) -> Tensor:
 
 @given(st.data())
 def test_indexed_convolution_is_the_full_one_cut_down(data: st.DataObject) -> None:
-    samples, c_in, c_out = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
+    samples, c_in, c_out = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 5)),
+        data.draw(st.integers(1, 6)),
+    )
     kernel = data.draw(st.sampled_from([1, 3]))
-    stride, dilation = data.draw(st.sampled_from([(1, 1), (2, 1)])), data.draw(st.sampled_from([(1, 1), (2, 2)]))
+    stride, dilation = (
+        data.draw(st.sampled_from([(1, 1), (2, 1)])),
+        data.draw(st.sampled_from([(1, 1), (2, 2)])),
+    )
     padding = data.draw(st.sampled_from([(0, 0), (1, 2)]))
     x = torch.randn(samples, c_in, 9, 8, dtype=torch.float64)
     weight = torch.randn(c_out, c_in, kernel, kernel, dtype=torch.float64)

@@ -13,12 +13,13 @@ from ..config import GateConfig, check_ratio, matches
 from ..errors import ConfigError, ModelError
 from ..gates import Gate
 from ..sites import GATING_STATE, Site, SiteReport, find_sites
+from .containers import GATES as _GATES
+from .containers import hiding
 from .hooks import GatingState, attach
 from .importance import magnitude_importance
 
 __all__ = ["GatedModel", "is_gated", "unwrap", "wrap"]
 
-_GATES = "gatedprune"  # the submodule that holds the gates: their state-dict keys start with it
 _CLASSES: dict[type, type] = {}
 
 
@@ -108,7 +109,7 @@ def _key(site: str) -> str:
 def _gated_class(base: type) -> type:
     if base not in _CLASSES:
         names = {"_gatedprune_base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-        _CLASSES[base] = type(f"Gated{base.__name__}", (GatedModel, base), names)
+        _CLASSES[base] = type(f"Gated{base.__name__}", (GatedModel, *hiding(base), base), names)
     return _CLASSES[base]
 
 
