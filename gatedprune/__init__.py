@@ -34,7 +34,13 @@ __all__ = [
 ]
 
 # Loaded when first asked for: torch-pruning and thop, which these need, are optional.
-_LAZY = {"compact": "engine", "compare": "compare", "count_macs": "measure", "measure_latency": "measure", "prune_static": "compare"}
+_LAZY = {
+    "compact": "engine",
+    "compare": "compare",
+    "count_macs": "measure",
+    "measure_latency": "measure",
+    "prune_static": "compare",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -111,7 +111,9 @@ class GateConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise ConfigError(f"Unknown options for GateConfig: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+            raise ConfigError(
+                f"Unknown options for GateConfig: {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
+            )
         return cls(**data)
 
     def to_json(self) -> str:

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from .errors import ConfigError
 
-__all__ = ["active_set", "channel_gain", "indexed_conv2d", "per_row", "saliency", "scale_channels", "subsample", "winners_take_all"]
+__all__ = [
+    "active_set",
+    "channel_gain",
+    "indexed_conv2d",
+    "per_row",
+    "saliency",
+    "scale_channels",
+    "subsample",
+    "winners_take_all",
+]
 
 
 def subsample(x: Tensor, channel_dim: int = 1) -> Tensor:

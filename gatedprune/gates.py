@@ -77,4 +77,6 @@ class Gate(nn.Module):
         return state
 
     def extra_repr(self) -> str:
-        return f"channels={self.channels}, in_channels={self.in_channels}, active={self.active_count}, boost={self.boost}"
+        return (
+            f"channels={self.channels}, in_channels={self.in_channels}, active={self.active_count}, boost={self.boost}"
+        )

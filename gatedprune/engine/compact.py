@@ -35,7 +35,9 @@ def compact(gated: nn.Module, example_inputs: Any = None) -> CompactModel:
         ModelError: The model is not gated, or cannot be traced.
     """
     if not isinstance(gated, GatedModel):
-        raise ModelError(f"compact() takes a model that gatedprune.wrap() returned. {type(gated).__name__} is not gated.")
+        raise ModelError(
+            f"compact() takes a model that gatedprune.wrap() returned. {type(gated).__name__} is not gated."
+        )
     model = CompactModel(gated)
     model.prepare(*normalise_inputs(gated, example_inputs))
     return model
@@ -64,7 +66,9 @@ class CompactModel(nn.Module):
     def forward(self, *args: Any) -> Any:
         """Like the gated model's: any batch size, including 0; every sample has its own active channels."""
         if not args or not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
-            raise DataError("A compact model takes floating-point tensors such as (B, 3, H, W) images as positional arguments.")
+            raise DataError(
+                "A compact model takes floating-point tensors such as (B, 3, H, W) images as positional arguments."
+            )
         with torch.no_grad():
             if any(isinstance(a, Tensor) and a.dim() and not a.shape[0] for a in args):
                 # An empty batch has the shape of a full one without its samples.
@@ -77,7 +81,9 @@ class CompactModel(nn.Module):
         """Site name → active set (B, k) of the last call."""
         modules = self._lowered[self._last].modules() if self._last else ()
         gates = {id(g): name for name, g in self.gates.items()}
-        return {gates[id(m.gate)]: m.last_active for m in modules if isinstance(m, Selector) and m.last_active is not None}
+        return {
+            gates[id(m.gate)]: m.last_active for m in modules if isinstance(m, Selector) and m.last_active is not None
+        }
 
     @property
     def gates(self) -> dict[str, Gate]:
@@ -87,7 +93,9 @@ class CompactModel(nn.Module):
     def train(self, mode: bool = True) -> CompactModel:
         """Evaluation only: ``mode`` True raises."""
         if mode:
-            raise ModelError("A compact model is for inference. Train the gated model that it was made from, then compact() again.")
+            raise ModelError(
+                "A compact model is for inference. Train the gated model that it was made from, then compact() again."
+            )
         return super().train(False)
 
     def _find(self, args: tuple) -> str | None:
@@ -96,15 +104,16 @@ class CompactModel(nn.Module):
     def _lower(self, args: tuple) -> str:
         source: GatedModel = self.__dict__["_source"]
         graph = capture(source, two_samples(args), dynamic_batch=True)
-        free = all(isinstance(n.meta["val"].shape[0], torch.SymInt) for n in graph.graph.nodes
-                   if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor) and n.meta["val"].dim())  # fmt: skip
+        values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
+        free = all(isinstance(v.shape[0], torch.SymInt) for v in values if isinstance(v, Tensor) and v.dim())
         if not free:
             graph = capture(source, args)
         analysis = analyse(source._gatedprune_base.__name__, graph, stream=source.gate_config.stream)
         missing = [s for s in source.gates if s not in analysis.sites]
         if missing:
+            shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
             raise ModelError(
-                f"On inputs of shape {[tuple(a.shape) for a in args if isinstance(a, Tensor)]} the sites {missing[:3]} are gone: "
+                f"On inputs of shape {shapes} the sites {missing[:3]} are gone: "
                 "the model was wrapped for another kind of input."
             )
         key = _key(args, not free)
@@ -129,5 +138,7 @@ class CompactModel(nn.Module):
 
 
 def _key(args: tuple, with_batch: bool) -> str:
-    shapes = ["x".join(map(str, a.shape if with_batch else a.shape[1:])) if isinstance(a, Tensor) else repr(a) for a in args]
+    shapes = [
+        "x".join(map(str, a.shape if with_batch else a.shape[1:])) if isinstance(a, Tensor) else repr(a) for a in args
+    ]
     return ("batch:" if with_batch else "any:") + ",".join(shapes).replace(".", "_")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..sites import rules
+from ..sites import operators
 from ..sites.flow import Flow
 from ..sites.labels import Const
 
@@ -45,7 +45,7 @@ class Constants:
         return self._known[node]
 
     def affine(self, norm: fx.Node) -> tuple[Tensor, Tensor] | None:
-        """An eval-mode batch norm as (scale, shift), each (C,) in float64; None where its statistics are the batch's."""
+        """An eval-mode batch norm as (scale, shift), each (C,) in float64; None where it uses the batch's."""
         _, weight, bias, mean, var, training, _, eps = (*norm.args, *[None] * 8)[:8]
         if training or mean is None or var is None or not all(self.holds(a) for a in (weight, bias, mean, var)):
             return None
@@ -59,7 +59,7 @@ class Constants:
     def folding_norm(self, node: fx.Node) -> fx.Node | None:
         """The batch norm that alone reads the layer ``node``, if it can be folded into it."""
         users = list(node.users)
-        if len(users) != 1 or rules.op_name(users[0].target) != "batch_norm" or users[0].args[0] is not node:
+        if len(users) != 1 or operators.op_name(users[0].target) != "batch_norm" or users[0].args[0] is not node:
             return None
         return users[0] if self.affine(users[0]) is not None else None
 

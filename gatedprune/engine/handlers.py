@@ -1,4 +1,7 @@
-"""Which operators run on narrow tensors, and how. One function an operator kind; None means: widen, and run as captured."""
+"""Which operators run on narrow tensors, and how.
+
+One function for each kind of operator; where it returns None the value is widened and the operator runs as captured.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from ..sites import rules
+from ..sites import operators
 from . import narrow
 from .layout import Layout
 
@@ -22,11 +25,14 @@ Handler = Callable[["Lowering", fx.Node, list[fx.Node]], "fx.Node | None"]
 _aten = torch.ops.aten
 _INPLACE = {"relu": _aten.relu_.default, "silu": _aten.silu_.default, "hardswish": _aten.hardswish_.default}
 # Their arguments name sizes: the narrow dimension's is replaced.
-_SIZED = frozenset("view reshape _unsafe_view expand unflatten".split())
-_SPLITTING = frozenset("split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split".split())
+_SIZED = frozenset(["view", "reshape", "_unsafe_view", "expand", "unflatten"])
+_SPLITTING = frozenset(["split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split"])
+# Beside the movements: the result may be the argument itself.
+_SAME_MEMORY = frozenset(["getitem", "dropout", "feature_dropout", "contiguous", "to", "alias", "detach", "type_as"])
 # Their arguments name dimensions only.
 _UNSIZED = frozenset(
-    "flatten squeeze unsqueeze permute transpose t numpy_T movedim swapaxes swapdims select unbind slice roll flip".split()
+    ["flatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "numpy_T", "movedim", "swapaxes", "swapdims"]
+    + ["select", "unbind", "slice", "roll", "flip"]
 )
 
 
@@ -34,9 +40,9 @@ def handler_of(name: str) -> Handler | None:
     """The handler of an operator, by its name without overload and trailing underscore."""
     if name in _TABLE:
         return _TABLE[name]
-    if name in rules.ELEMENTWISE or name in rules.SPATIAL or name in rules.REDUCTION or name in rules.OVER_DIM:
+    if name in operators.ELEMENTWISE | operators.SPATIAL | operators.REDUCTION | operators.OVER_DIM:
         return _pointwise
-    if name in rules.BINARY:
+    if name in operators.BINARY:
         return _binary
     return None
 
@@ -55,12 +61,13 @@ def _norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
 def _group_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     """Whole groups are active or not, so that each one's statistics are what they were."""
     layout = _same(low, node, held[0])
-    _, groups, weight, bias, eps = (*node.args, *[None] * 5)[:5]
-    eps = node.kwargs.get("eps", 1e-5) if eps is None else eps
+    rest: list[Any] = [*node.args[1:], *[None] * 4]
+    groups, weight, bias, eps = rest[:4]
+    eps = 1e-5 if eps is None else eps
     if layout is None or held != [node.args[0]] or not (low.constants.holds(weight) and low.constants.holds(bias)):
         return None
-    values = [low.constants.value(v) for v in (weight, bias)]
-    module = narrow.NarrowGroupNorm(layout.channels // groups, *(None if v is None else v.clone() for v in values), eps)  # type: ignore[operator, arg-type]
+    affine = [None if v is None else low.constants.value(v).clone() for v in (weight, bias)]
+    module = narrow.NarrowGroupNorm(layout.channels // groups, affine[0], affine[1], eps)
     low.state[node] = layout
     return low.module(low.name(node), module, (low.env[held[0]], low.index(layout)))
 
@@ -88,7 +95,7 @@ def _pointwise(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | N
     if after is None or not _keeps_dims(node, low.state[held[0]], len(low.flow.shape(held[0]))):
         return None
     low.state[node] = after
-    target = _INPLACE.get(rules.op_name(node.target)) if _fresh(low, held[0]) else None
+    target = _INPLACE.get(operators.op_name(node.target)) if _fresh(low, held[0]) else None
     if target is not None:
         return low.graph.call_function(target, (low.env[held[0]],))
     return low.graph.node_copy(node, low.env.__getitem__)
@@ -96,7 +103,7 @@ def _pointwise(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | N
 
 def _keeps_dims(node: fx.Node, layout: Layout, rank: int) -> bool:
     """Whether a softmax or the like does not run over the channels."""
-    if rules.op_name(node.target) not in rules.OVER_DIM:
+    if operators.op_name(node.target) not in operators.OVER_DIM:
         return True
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
     return isinstance(dim, int) and dim % rank != layout.dim
@@ -116,7 +123,9 @@ def _fresh(low: Lowering, node: fx.Node) -> bool:
     value = low.env[node]
     if len(node.users) > 1 or value.op != "call_module":
         return False
-    return isinstance(low.root.get_submodule(str(value.target)), (narrow.NarrowConv2d, narrow.NarrowLinear, narrow.NarrowAffine))
+    return isinstance(
+        low.root.get_submodule(str(value.target)), (narrow.NarrowConv2d, narrow.NarrowLinear, narrow.NarrowAffine)
+    )
 
 
 def _binary(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
@@ -155,14 +164,16 @@ def _without_channels(low: Lowering, operand: fx.Node, dim: int, rank: int) -> b
 def _could_be(low: Lowering, operand: fx.Node, layout: Layout, rank: int) -> bool:
     """Whether a full operand has the channels of the layout, so that its active ones can be taken."""
     other = low.layouts.of(operand)
-    return other is not None and other.key == layout.key and other.dim + rank - len(low.flow.shape(operand)) == layout.dim
+    return (
+        other is not None and other.key == layout.key and other.dim + rank - len(low.flow.shape(operand)) == layout.dim
+    )
 
 
 def _join(low: Lowering, node: fx.Node) -> fx.Node | None:
     """A residual addition: the narrow branch is added to its channels of the stream, in place where nobody minds."""
     operands = [a for a in node.args if isinstance(a, fx.Node)]
     held = [a for a in operands if low.state.get(a) is not None]
-    if rules.op_name(node.target) != "add" or node.kwargs or len(node.args) != 2 or len(operands) != 2:
+    if operators.op_name(node.target) != "add" or node.kwargs or len(node.args) != 2 or len(operands) != 2:
         return None
     branch = held[0]
     stream = operands[1] if branch is operands[0] else operands[0]
@@ -195,8 +206,8 @@ def _last_use(low: Lowering, value: fx.Node, user: fx.Node) -> bool:
 
 def _aliases(node: fx.Node, arg: fx.Node) -> bool:
     """Whether the operator's result may share memory with that argument."""
-    name = rules.op_name(node.target)
-    shares = name in rules.MOVEMENT or name in "getitem dropout contiguous to alias detach feature_dropout type_as".split()
+    name = operators.op_name(node.target)
+    shares = name in operators.MOVEMENT or name in _SAME_MEMORY
     schema = getattr(node.target, "_schema", None)
     return (shares or (schema is not None and schema.name.endswith("_"))) and bool(node.args) and node.args[0] is arg
 
@@ -226,7 +237,7 @@ def _move(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     the narrow dimension's size is its own."""
     if held != [node.args[0]]:
         return None
-    name, before = rules.op_name(node.target), low.state[held[0]]
+    name, before = operators.op_name(node.target), low.state[held[0]]
     value = low.flow.values[node]
     after = _element_layouts(low, node, value) if isinstance(value, (tuple, list)) else low.layouts.of(node)
     pieces = after if isinstance(after, tuple) else (after,)
@@ -240,7 +251,8 @@ def _move(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
         sizes = list(node.args[at])  # type: ignore[arg-type]
         place = after.dim
         if name == "unflatten":
-            place -= node.args[1] % len(low.flow.shape(held[0]))  # type: ignore[operator]
+            split: Any = node.args[1]
+            place -= split % len(low.flow.shape(held[0]))
         elif name == "expand":
             place += len(sizes) - len(low.flow.shape(node))
         if not 0 <= place < len(sizes):
@@ -267,12 +279,11 @@ def _move(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
 def _beside(low: Lowering, node: fx.Node, name: str, layout: Layout) -> bool:
     """Whether the dimension that the operator works on is another than the channels'."""
     rank = len(low.flow.shape(node.args[0]))  # type: ignore[arg-type]
-    default = 0
-    dims = (node.args[2] if len(node.args) > 2 else None) if name == "roll" else (
-        node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", default))  # fmt: skip
+    dims: Any = (node.args[2] if len(node.args) > 2 else None) if name == "roll" else (
+        node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # fmt: skip
     if dims is None:
         return False
-    return all(d % rank != layout.dim for d in (dims if isinstance(dims, (list, tuple)) else [dims]))  # type: ignore[operator, union-attr]
+    return all(d % rank != layout.dim for d in (dims if isinstance(dims, (list, tuple)) else [dims]))
 
 
 def _element_layouts(low: Lowering, node: fx.Node, value: Any) -> tuple[Layout | None, ...]:
@@ -294,7 +305,12 @@ def _attention(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | N
     if layout is None:
         return None
     rank = len(low.flow.shape(node))
-    if states[:2] == [None, None] and isinstance(states[2], Layout) and states[2].key == layout.key and layout.dim == rank - 1:
+    if (
+        states[:2] == [None, None]
+        and isinstance(states[2], Layout)
+        and states[2].key == layout.key
+        and layout.dim == rank - 1
+    ):
         low.state[node] = layout  # one head: only its values are narrow
         return low.graph.node_copy(node, low.env.__getitem__)
     if not all(isinstance(s, Layout) and s.key == layout.key and s.dim == layout.dim for s in states):
@@ -304,7 +320,9 @@ def _attention(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | N
     if isinstance(mask, fx.Node) and not _without_channels(low, mask, layout.dim, rank):
         if not low.constants.holds(mask):
             return None
-        values[mask] = low.module("take", narrow.Take(layout.dim, rank), (low.env[mask], low.index(layout), low.env[held[0]]))
+        values[mask] = low.module(
+            "take", narrow.Take(layout.dim, rank), (low.env[mask], low.index(layout), low.env[held[0]])
+        )
     low.state[node] = layout
     return low.graph.node_copy(node, values.__getitem__)
 

@@ -60,7 +60,7 @@ class Layouts:
     def along(self, labels: np.ndarray, dim: int) -> Layout | None:
         """The layout of these labels along ``dim``."""
         pairs = [self._of.get(int(r), (-1, -1)) for r in self.flow.units.find(labels)]
-        site, unit = (np.array(column) for column in zip(*pairs))
+        site, unit = (np.array(column) for column in zip(*pairs, strict=True))
         return Layout(dim, site, unit) if (site >= 0).any() else None
 
     def sites_in(self, layout: Layout) -> list[int]:
@@ -83,4 +83,8 @@ class Layouts:
     def identity(self, layout: Layout) -> bool:
         """Whether channel j is simply unit j of one site: then its active set is the index."""
         sites = self.sites_in(layout)
-        return len(sites) == 1 and layout.channels == self.counts[sites[0]] and bool((layout.unit == np.arange(layout.channels)).all())
+        return (
+            len(sites) == 1
+            and layout.channels == self.counts[sites[0]]
+            and bool((layout.unit == np.arange(layout.channels)).all())
+        )

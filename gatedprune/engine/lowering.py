@@ -15,13 +15,14 @@ from torch import Tensor, fx, nn
 
 from ..functional import scale_channels
 from ..gates import Gate
-from ..sites import Analysis, SiteNodes, rules
+from ..sites import Analysis, SiteNodes, operators
 from . import narrow
 from .constants import Constants
 from .handlers import handler_of
 from .layout import Layout, Layouts
 
 __all__ = ["lower"]
+
 
 def lower(analysis: Analysis, gates: dict[str, Gate]) -> fx.GraphModule:
     """The graph of ``analysis`` with its gated sites computed narrow.
@@ -116,21 +117,27 @@ class Lowering:
     def active_channels(self, layout: Layout) -> int:
         """n: how many channels a narrow tensor of that layout has."""
         tables = {s: self.layouts.table(layout, s) for s in self.layouts.sites_in(layout)}
-        return int((layout.site < 0).sum()) + sum(self.active[s] * t.shape[1] for s, t in tables.items() if t is not None)
+        return int((layout.site < 0).sum()) + sum(
+            self.active[s] * t.shape[1] for s, t in tables.items() if t is not None
+        )
 
     def full(self, node: fx.Node) -> fx.Node:
         """The lowered value with all its channels."""
         layout, value = self.state.get(node), self.env[node]
         if layout is None:
             return value
-        return self.module(self.name(node, "widen"), narrow.Widen(layout.dim, layout.channels), (value, self.index(layout)))
+        return self.module(
+            self.name(node, "widen"), narrow.Widen(layout.dim, layout.channels), (value, self.index(layout))
+        )
 
     def _gain(self, layout: Layout, sites: list[str], active_only: bool, ones: bool = False) -> fx.Node:
-        """(B, n): the product of those sites' gains (or masks) for each channel, or each active channel, of a layout."""
+        """(B, n): the product of those sites' gains (or masks) for each channel, or active channel, of a layout."""
         numbers = [self.names.index(s) for s in sites]
         if active_only and not ones and len(sites) == 1 and self.layouts.identity(layout):
             return self.selected[sites[0]][1]
-        units = [torch.from_numpy(layout.unit.copy()).masked_fill(torch.from_numpy(layout.site != s), -1) for s in numbers]
+        units = [
+            torch.from_numpy(layout.unit.copy()).masked_fill(torch.from_numpy(layout.site != s), -1) for s in numbers
+        ]
         args: list[fx.Node | None] = [self.index(layout) if active_only else None]
         for site in sites:
             active, gain = self.selected[site]
@@ -150,7 +157,7 @@ class Lowering:
             source = self.folded[node]
             self.state[node] = self.state[source]
             return self._apply_gain(node, self.env[source])
-        name = rules.op_name(node.target)
+        name = operators.op_name(node.target)
         if name in ("conv2d", "linear") and node in self.flow.macs:
             return self._layer(node, name)
         held = [a for a in node.all_input_nodes if self.state.get(a) is not None]
@@ -172,7 +179,7 @@ class Lowering:
         return self.graph.node_copy(node, values.__getitem__)
 
     def wakened(self, node: fx.Node) -> dict[fx.Node, list[str]]:
-        """For an operator that reads a full value whose suppressed channels are not zero: value → the sites to silence."""
+        """Full values that the operator reads whose suppressed channels are not zero: value → the sites to silence."""
         sites = [name for name, found in self.sites.items() if node in found.unsafe]
         out: dict[fx.Node, list[str]] = {}
         for value in node.all_input_nodes if sites else ():
@@ -195,7 +202,7 @@ class Lowering:
         return self.graph.call_function(scale_channels, (value, gain, layout.dim))
 
     def _layer(self, node: fx.Node, name: str) -> fx.Node:
-        """A convolution or linear layer with constant weights: narrow where its input or output is, else a plain module."""
+        """A layer with constant weights: narrow where its input or output is, else a plain module."""
         x = node.args[0]
         assert isinstance(x, fx.Node)
         if not all(self.constants.holds(a) for a in node.args[1:]):
@@ -225,10 +232,10 @@ class Lowering:
         if in_layout is None and out_layout is None:
             return self._apply_gain(node, self.module(self.name(node), _plain(name, weight, bias, options), (value,)))
         module = narrow.NarrowConv2d(weight, bias, **options) if name == "conv2d" else narrow.NarrowLinear(weight, bias)
-        gain = self._gain_in_weights(node, norm, out_layout)
+        weight_gain = self._gain_in_weights(node, norm, out_layout)
         in_index = self.index(in_layout) if in_layout is not None and not grouped else None
         out_index = self.index(out_layout) if out_layout is not None else None
-        return self._apply_gain(node, self.module(self.name(node), module, (value, in_index, out_index, gain)))
+        return self._apply_gain(node, self.module(self.name(node), module, (value, in_index, out_index, weight_gain)))
 
     def _ready(self, layout: Layout) -> bool:
         return all(self.names[s] in self.selected for s in self.layouts.sites_in(layout))
@@ -245,9 +252,18 @@ class Lowering:
 
 def _conv_options(node: fx.Node) -> dict[str, Any]:
     stride, padding, dilation, groups = (*node.args[3:7], *[None] * 4)[:4] if len(node.args) > 3 else [None] * 4
-    pair = lambda v, d: d if v is None else (v if isinstance(v, str) else tuple(v) if len(v) == 2 else (v[0], v[0]))  # noqa: E731
-    return {"stride": pair(stride, (1, 1)), "padding": pair(padding, (0, 0)), "dilation": pair(dilation, (1, 1)),
-            "groups": 1 if groups is None else groups}  # fmt: skip
+
+    def pair(value: Any, default: int) -> Any:
+        if value is None or isinstance(value, str):
+            return (default, default) if value is None else value
+        return tuple(value) if len(value) == 2 else (value[0], value[0])
+
+    return {
+        "stride": pair(stride, 1),
+        "padding": pair(padding, 0),
+        "dilation": pair(dilation, 1),
+        "groups": 1 if groups is None else groups,
+    }
 
 
 def _plain(name: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> nn.Module:
@@ -255,8 +271,8 @@ def _plain(name: str, weight: Tensor, bias: Tensor | None, options: dict[str, An
     if name == "linear":
         layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     else:
-        layer = nn.Conv2d(weight.shape[1] * options["groups"], weight.shape[0], tuple(weight.shape[2:]), bias=bias is not None,
-                          device="meta", **options)  # fmt: skip
+        channels, kernel = (weight.shape[1] * options["groups"], weight.shape[0]), (weight.shape[2], weight.shape[3])
+        layer = nn.Conv2d(*channels, kernel, bias=bias is not None, device="meta", **options)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)

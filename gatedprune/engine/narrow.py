@@ -15,14 +15,25 @@ from torch import Tensor, nn
 from ..functional import channel_gain, per_row, subsample
 from ..gates import Gate
 
-__all__ = ["AddInto", "ChannelGain", "ChannelIndex", "NarrowAffine", "NarrowConv2d", "NarrowGroupNorm", "NarrowLinear", "Selector", "Take", "Widen"]
+__all__ = [
+    "AddInto",
+    "ChannelGain",
+    "ChannelIndex",
+    "NarrowAffine",
+    "NarrowConv2d",
+    "NarrowGroupNorm",
+    "NarrowLinear",
+    "Selector",
+    "Take",
+    "Widen",
+]
 
 
 class Selector(nn.Module):
     """The predictor and winner-takes-all of one site: (B, C_in, …) → active set (B, k) and gain (B, k).
 
-    The input may be narrow: then ``index`` (B, n) says which of the C_in channels it holds, and the others count as zero,
-    as they are in the masked model.
+    The input may be narrow: then ``index`` (B, n) says which of the C_in channels it holds, and the others count as
+    zero, as they are in the masked model.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -100,8 +111,9 @@ class NarrowConv2d(nn.Module):
         weight: (C_out, C_in/groups, kh, kw), full. bias: (C_out,) or None.
 
     Forward:
-        x: (B, n_in, H, W). in_index: (B, n_in) or None for all (with groups: not needed). out_index: (B, n_out) or None.
-        gain: (B, n_out) or None, multiplied on the output (on the gathered weights, which are smaller).
+        x: (B, n_in, H, W). in_index: (B, n_in) or None for all (with groups: not needed).
+        out_index: (B, n_out) or None. gain: (B, n_out) or None, multiplied on the output (through the gathered weights,
+        which are smaller).
         Returns (B, n_out, H', W').
     """
 
@@ -116,7 +128,9 @@ class NarrowConv2d(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.kernel_size = tuple(weight.shape[2:])
 
-    def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None, gain: Tensor | None = None
+    ) -> Tensor:
         groups = 1 if self.groups == 1 else x.shape[1] // self.weight.shape[1]
 
         def run(one: Tensor, b: int) -> Tensor:
@@ -141,7 +155,9 @@ class NarrowLinear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None, gain: Tensor | None = None
+    ) -> Tensor:
         def run(one: Tensor, b: int) -> Tensor:
             return F.linear(one, *gather_rows(self.weight, self.bias, in_index, out_index, gain, b))
 
@@ -185,6 +201,9 @@ class NarrowAffine(nn.Module):
 class NarrowGroupNorm(nn.Module):
     """A group norm over the active groups of ``size`` channels each; weight and bias are (C,) or None."""
 
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, size: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
         super().__init__()
         self.size, self.eps = size, eps
@@ -194,9 +213,10 @@ class NarrowGroupNorm(nn.Module):
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         y = F.group_norm(x, x.shape[1] // self.size, eps=self.eps)
         view = (x.shape[0], x.shape[1], *[1] * (x.dim() - 2))
-        for values, combine in ((self.weight, Tensor.mul_), (self.bias, Tensor.add_)):
-            if values is not None:
-                combine(y, per_row(values[index], x.shape[0]).view(view))
+        if self.weight is not None:
+            y.mul_(per_row(self.weight[index], x.shape[0]).view(view))
+        if self.bias is not None:
+            y.add_(per_row(self.bias[index], x.shape[0]).view(view))
         return y
 
 

@@ -53,7 +53,11 @@ class Boundaries:
     def outputs(self, path: str) -> list[fx.Node]:
         """The labelled values that leave the module's call."""
         inside = self._inside[path]
-        return [n for n in inside if any(u not in inside for u in n.users) and isinstance(self.flow.values.get(n), (Tensor, tuple))]
+        return [
+            n
+            for n in inside
+            if any(u not in inside for u in n.users) and isinstance(self.flow.values.get(n), (Tensor, tuple))
+        ]
 
     def input_hook(self, node: fx.Node) -> tuple[str, fx.Node] | None:
         """The innermost module around ``node`` that is called once on a single value: its path and that value."""
@@ -66,7 +70,12 @@ class Boundaries:
     def reach(self, value: fx.Node) -> list[tuple[str, str]] | None:
         """Module boundaries that together cover every use of ``value``: [(path, "output" or "input"), …]."""
         path = self.innermost(value)
-        if path and self.once(path) and self.outputs(path) == [value] and not any(u in self._inside[path] for u in value.users):
+        if (
+            path
+            and self.once(path)
+            and self.outputs(path) == [value]
+            and not any(u in self._inside[path] for u in value.users)
+        ):
             return [(path, "output")]
         found: dict[tuple[str, str], None] = {}
         for user in value.users:

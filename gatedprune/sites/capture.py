@@ -12,7 +12,16 @@ from torch import Tensor, fx, nn
 
 from ..errors import ConfigError, ModelError
 
-__all__ = ["GATING_STATE", "capture", "concrete", "evaluating", "module_path", "normalise_inputs", "suspended", "two_samples"]
+__all__ = [
+    "GATING_STATE",
+    "capture",
+    "concrete",
+    "evaluating",
+    "module_path",
+    "normalise_inputs",
+    "suspended",
+    "two_samples",
+]
 
 # Where a gated model keeps the switch that its hooks look at (see wrapping): a captured graph holds the backbone alone.
 GATING_STATE = "_gatedprune_state"
@@ -69,7 +78,7 @@ def suspended(model: nn.Module) -> Iterator[None]:
             state.suspended = True
         yield
     finally:
-        for state, value in zip(states, before):
+        for state, value in zip(states, before, strict=True):
             state.suspended = value
 
 
@@ -114,7 +123,8 @@ def _inline_contexts(captured: fx.GraphModule) -> None:
             continue
         body = getattr(captured, str(node.args[at].target))
         _inline_contexts(body)
-        env = dict(zip([n for n in body.graph.nodes if n.op == "placeholder"], node.args[at + 1 :]))
+        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+        env: dict[fx.Node, Any] = dict(zip(inputs, node.args[at + 1 :], strict=True))
         with captured.graph.inserting_before(node):
             for inner in body.graph.nodes:
                 if inner.op == "output":
@@ -147,7 +157,7 @@ def _first_line(error: Exception) -> str:
 def concrete(value: Any) -> int:
     """A plain integer from a size that may be symbolic (then: what it was for the example inputs)."""
     if isinstance(value, torch.SymInt):
-        node = value.node
+        node: Any = value.node
         hint = getattr(node, "hint", None)
         return int(hint if hint is not None else node.shape_env.size_hint(node.expr))
     return int(value)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from . import rules
+from . import operators
 from .boundary import Boundaries
 from .capture import capture, normalise_inputs, two_samples
+from .costs import layer_costs
 from .flow import Flow, trace_flow
 from .labels import Const, Use, compress
 from .site import Attach, Edge, Site, SiteReport, identity_units
@@ -108,10 +109,10 @@ class _Discovery:
                 self._skip(use.node, self.pinned[first[0]])
         self.readers: set[int] = {int(r) for use in flow.consumers for r in flow.units.find(use.labels)}
         sites: dict[str, SiteNodes] = {}
-        for (i, _, joined), roots in sorted(grouped.items(), key=lambda item: (item[0][0], item[1][0])):
+        for (i, _, joined), members in sorted(grouped.items(), key=lambda item: (item[0][0], item[1][0])):
             node = producers[i][0].node
             try:
-                found = self._site(node, np.array(roots), joined, sites)
+                found = self._site(node, np.array(members), joined, sites)
             except _Skip as reason:
                 self._skip(node, str(reason))
             else:
@@ -119,8 +120,9 @@ class _Discovery:
         for found in sites.values():
             self.skipped.pop(found.site.name, None)
         in_sites = {n for s in sites.values() for n in self._nodes(s.roots)}
+        layers = layer_costs(flow, {n: s.roots for n, s in sites.items()}, self._path)
         report = SiteReport(name, tuple(s.site for s in sites.values()), dict(self.skipped), self.total,
-                            sum(flow.macs.get(n, 0) for n in in_sites))  # fmt: skip
+                            sum(flow.macs.get(n, 0) for n in in_sites), layers)  # fmt: skip
         return Analysis(flow, sites, report)
 
     def _skip(self, node: fx.Node, reason: str) -> None:
@@ -152,10 +154,12 @@ class _Discovery:
         return [u.node for uses in kinds for u, _ in self._uses(uses, roots)]
 
     def _edge(self, use: Use, units: np.ndarray, dim: int) -> Edge:
-        op = rules.op_name(use.node.target)
-        owner = self._owner(use.node)
-        path = self.boundaries.innermost(use.node) if owner is None else owner
-        return Edge(path, op, dim, torch.from_numpy(units))
+        op = operators.op_name(use.node.target)
+        return Edge(self._path(use.node), op, dim, torch.from_numpy(units))
+
+    def _path(self, node: fx.Node) -> str:
+        owner = self._owner(node)
+        return self.boundaries.innermost(node) if owner is None else owner
 
     def _owner(self, node: fx.Node) -> str | None:
         """The module that owns the operator's weight, also in functional calls and where the weight is computed."""
@@ -221,15 +225,17 @@ class _Discovery:
             if len(shape) < 2 or shape[0] != self.flow.batch:
                 continue
             if value is producer.args[0]:
-                return path, value, len(shape) - 1 if rules.op_name(producer.target) == "linear" else 1
+                return path, value, len(shape) - 1 if operators.op_name(producer.target) == "linear" else 1
             labels = self.flow.labelled(value)
-            varying = [] if labels is None else [d for d, s in enumerate(self.flow.units.varying(labels).shape) if s > 1]
+            varying = (
+                [] if labels is None else [d for d, s in enumerate(self.flow.units.varying(labels).shape) if s > 1]
+            )
             if len(varying) == 1 and varying[0] > 0:
                 return path, value, varying[0]
         raise _Skip("its input cannot be seen at the border of a module that runs once on one value")
 
     def _gain_node(self, producer: fx.Node, consumers: list[tuple[Use, np.ndarray]], heads: bool) -> fx.Node:
-        """The norm's output where a norm alone reads the producer; of attention heads their output; else the producer's."""
+        """The norm's output where a norm alone reads the producer; the heads' output in attention; else the producer's."""
         if heads:
             values = {use.node.args[0] for use, _ in consumers}
             if len(values) != 1:
@@ -238,7 +244,7 @@ class _Discovery:
             assert isinstance(value, fx.Node)
             return value
         users = list(producer.users)
-        if len(users) == 1 and rules.op_name(users[0].target) in ("batch_norm", "group_norm"):
+        if len(users) == 1 and operators.op_name(users[0].target) in ("batch_norm", "group_norm"):
             return users[0]
         return producer
 
@@ -300,7 +306,7 @@ class _Discovery:
         return places
 
     def _stays_zero(self, node: fx.Node, inputs: list[fx.Node], zero: set[fx.Node]) -> bool:
-        name, known = rules.op_name(node.target), [a in zero for a in inputs]
+        name, known = operators.op_name(node.target), [a in zero for a in inputs]
         if name == "mul":
             return any(known)
         if name == "scaled_dot_product_attention":
@@ -311,7 +317,7 @@ class _Discovery:
             return bool(node.args) and node.args[0] in zero
         if name in ("add", "sub"):
             return all(known) and all(isinstance(a, fx.Node) and a in inputs for a in node.args[:2])
-        if name in rules.ZERO_AT_ZERO or name in rules.SPATIAL or name in rules.MOVEMENT or name in rules.REDUCTION:
+        if name in operators.ZERO_AT_ZERO | operators.SPATIAL | operators.MOVEMENT | operators.REDUCTION:
             return all(known)
         if name in ("cat", "stack", "getitem", "pad"):
             return all(known)

@@ -15,52 +15,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .capture import concrete
 from .labels import WILD, Const, Join, Use, compress, rebroadcast
+from .operators import BINARY, ELEMENTWISE, MOVEMENT, OVER_DIM, REDUCTION, SPATIAL, op_name
 
 if TYPE_CHECKING:
     from .flow import Flow
 
-__all__ = ["ELEMENTWISE", "MOVEMENT", "SPATIAL", "ZERO_AT_ZERO", "apply", "op_name"]
-
-# f(0) = 0: a suppressed channel stays zero on its way through.
-ZERO_AT_ZERO = frozenset(
-    "relu relu6 leaky_relu prelu rrelu silu mish gelu hardswish hardtanh elu celu selu tanh softsign softshrink hardshrink "
-    "dropout feature_dropout alpha_dropout clone contiguous alias detach detach_copy to _to_copy type_as neg abs square "
-    "sqrt sin erf expm1 log1p trunc round floor ceil sign lift_fresh_copy lift_fresh".split()
-)
-# Element by element, but f(0) ≠ 0 (or not in general).
-ELEMENTWISE = ZERO_AT_ZERO | frozenset(
-    "sigmoid hardsigmoid log_sigmoid softplus exp log rsqrt reciprocal cos clamp clamp_min clamp_max logit nan_to_num "
-    "isnan isinf logical_not bitwise_not zeros_like ones_like full_like empty_like rand_like".split()
-)
-BINARY = frozenset("add sub rsub mul div maximum minimum fmod remainder pow atan2 where lerp".split()) | frozenset(
-    "eq ne lt le gt ge logical_and logical_or bitwise_and bitwise_or".split()
-)
-# Data movement: run on the labels themselves.
-MOVEMENT = frozenset(
-    "view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T flatten unflatten squeeze unsqueeze expand "
-    "expand_as slice select narrow split split_with_sizes chunk tensor_split unbind roll flip pixel_shuffle "
-    "pixel_unshuffle channel_shuffle native_channel_shuffle repeat tile movedim swapaxes swapdims unsafe_split "
-    "unsafe_chunk diagonal repeat_interleave".split()
-)
-# Per channel, over the places of a (B, C, ...) map; zero maps to zero.
-SPATIAL = frozenset(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d max_pool2d_with_indices upsample_nearest1d "
-    "upsample_nearest2d upsample_nearest3d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d "
-    "_upsample_bicubic2d_aa upsample_linear1d upsample_trilinear3d _upsample_nearest_exact2d reflection_pad2d "
-    "replication_pad2d grid_sampler grid_sampler_2d".split()
-)
-REDUCTION = frozenset("mean sum amax amin var std norm linalg_vector_norm max min prod var_mean logsumexp".split())
-OVER_DIM = frozenset("softmax _softmax log_softmax _log_softmax cumsum cumprod sort topk normalize".split())
+__all__ = ["apply"]
 
 Rule = Callable[["Flow", fx.Node, tuple, dict], Any]
-
-
-def op_name(target: Any) -> str:
-    """'relu' for ``aten.relu_.default``; the function's name for plain Python functions."""
-    schema = getattr(target, "_schema", None)
-    name = schema.name.split("::")[-1] if schema is not None else getattr(target, "__name__", str(target))
-    return name.rstrip("_") if schema is not None and name.rstrip("_") else name
 
 
 def apply(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -178,13 +140,14 @@ def _join(flow: Flow, node: fx.Node, ra: np.ndarray, rb: np.ndarray) -> Tensor:
 
 
 def _move(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    operator_: Any = node.target
     try:
-        out = node.target(*args, **kwargs)
+        out = operator_(*args, **kwargs)
     except (RuntimeError, TypeError):
         # A view of a broadcast may need a copy.
         dense = tree_map(lambda v: v.contiguous() if isinstance(v, Tensor) else v, args)
         try:
-            out = node.target(*dense, **kwargs)
+            out = operator_(*dense, **kwargs)
         except (RuntimeError, TypeError):
             return NotImplemented
     return tree_map(lambda v: rebroadcast(v) if isinstance(v, Tensor) else v, out)
@@ -197,7 +160,10 @@ def _cat(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     small = [compress(p) for p in parts]
     common = [max(s.shape[d] for s in small) for d in range(parts[0].dim())]
     # Only the concatenated dimension and those along which some part varies are written out.
-    wide = [s.expand([p.shape[d] if d == dim else common[d] for d in range(p.dim())]) for s, p in zip(small, parts)]
+    wide = [
+        s.expand([p.shape[d] if d == dim else common[d] for d in range(p.dim())])
+        for s, p in zip(small, parts, strict=True)
+    ]
     out = torch.cat(wide, dim)
     return out.expand(flow.shape(node))
 
@@ -255,10 +221,10 @@ def _over_dim(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 def _settle(flow: Flow, x: Tensor, dims: tuple[int, ...]) -> bool:
-    """Make labels constant along ``dims``, which an operator runs over; False where those are all the channels there are.
+    """Make labels constant along ``dims``, which an operator runs over; False where all channels there are lie there.
 
-    Where labels vary along other dimensions too (heads, the branches of split attention), what meets in the operator can
-    only be removed together: it is united.
+    Where labels vary along other dimensions too (heads, the branches of split attention), what meets in the operator
+    can only be removed together: it is united.
     """
     roots, over = flow.units.varying(x), {d % x.dim() for d in dims}
     if all(roots.shape[d] == 1 for d in over):
@@ -345,7 +311,7 @@ def _attend(flow: Flow, a: Tensor, b: Tensor) -> Tensor | None:
         flow.units.unite_within(t, (-2, -1))
     tops = [torch.from_numpy(flow.units.find(compress(t)).max(axis=(-2, -1), keepdims=True)) for t in (a, b)]
     wide = torch.broadcast_shapes(tops[0].shape, tops[1].shape)
-    for t, top in zip((a, b), tops):
+    for t, top in zip((a, b), tops, strict=True):
         if any(t.shape[d] == 1 and lead[d] > 1 and wide[d] > 1 for d in range(rank - 2)):
             flow.units.pin(top, "it is shared between attention heads")
     first, second = (t.expand(wide).contiguous() for t in tops)
@@ -420,7 +386,9 @@ def _getitem(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution
+    ),
     "linear": _linear,
     "batch_norm": _batch_norm,
     "group_norm": _group_norm,
@@ -435,5 +403,7 @@ _RULES: dict[str, Rule] = {
     "matmul": _matmul,
     "bmm": _matmul,
     "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"), _nothing),
+    **dict.fromkeys(
+        ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"), _nothing
+    ),
 }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-__all__ = ["Attach", "Edge", "Site", "SiteReport"]
+from ..config import GateConfig
+
+__all__ = ["Attach", "Edge", "Layer", "Site", "SiteReport"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,31 @@ class Site:
 
 
 @dataclass(frozen=True, eq=False)
+class Layer:
+    """An operator that multiplies and accumulates, and which part of it each site narrows.
+
+    Attributes:
+        path: Module path of the layer; of a matrix product the module that calls it.
+        op: The operator: "conv2d", "linear", "matmul", …
+        macs: Dense MACs per sample.
+        writes: Site → share of the output's channels (of a grouped convolution its groups, of a product of attention
+            its heads) that it narrows.
+        reads: Site → share of the input's channels that it narrows.
+    """
+
+    path: str
+    op: str
+    macs: int
+    writes: Mapping[str, float] = field(default_factory=dict)
+    reads: Mapping[str, float] = field(default_factory=dict)
+
+    def macs_with(self, kept: Mapping[str, float]) -> int:
+        """MACs per sample where each site keeps that share of its channels; sites not named keep all."""
+        left = [1.0 - sum(share * (1.0 - kept.get(s, 1.0)) for s, share in d.items()) for d in (self.writes, self.reads)]
+        return round(self.macs * left[0] * left[1])
+
+
+@dataclass(frozen=True, eq=False)
 class SiteReport:
     """The sites of a model, and for every other layer why it is not gated. Iterable, sized, printable.
 
@@ -86,6 +113,7 @@ class SiteReport:
         skipped: Module path → why no site begins there.
         macs: Dense MACs of the model's convolutions and linear layers, per sample.
         macs_in_sites: Those of the layers that some site narrows.
+        layers: Every operator that has MACs, with the part of it that each site narrows.
     """
 
     model: str
@@ -93,6 +121,23 @@ class SiteReport:
     skipped: dict[str, str] = field(default_factory=dict)
     macs: int = 0
     macs_in_sites: int = 0
+    layers: tuple[Layer, ...] = ()
+
+    def macs_left(self, ratio: float | Mapping[str, float] = 0.5) -> int:
+        """MACs per sample of the model gated at ``ratio``, predictors included: arithmetic, nothing is run.
+
+        Args:
+            ratio: As in `gatedprune.wrap`: a number for all sites, or a mapping from name patterns to numbers.
+        """
+        config = GateConfig(ratio=ratio)
+        asked = {s.name: (s.channels, config.ratio_for(s.name)) for s in self.sites}
+        return self.macs_with({n: config.active_count(c, r) for n, (c, r) in asked.items() if r is not None})
+
+    def macs_with(self, active: Mapping[str, int]) -> int:
+        """MACs per sample where each site named keeps that many channels, chosen by a gate; the others are not gated."""
+        gated = [s for s in self.sites if s.name in active]
+        kept = {s.name: active[s.name] / s.channels for s in gated}
+        return sum(layer.macs_with(kept) for layer in self.layers) + sum(s.in_channels * s.channels for s in gated)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -110,12 +155,15 @@ class SiteReport:
         share = self.macs_in_sites / self.macs if self.macs else 0.0
         width = max([len(s.name) for s in self.sites] + [len(p) for p in self.skipped] + [4])
         lines = [
-            f"{self.model}: {len(self.sites)} sites; {share:.1%} of {self.macs / 1e6:,.0f} MMACs lie in layers that they narrow",
+            f"{self.model}: {len(self.sites)} sites; "
+            f"{share:.1%} of {self.macs / 1e6:,.0f} MMACs lie in layers that they narrow",
             f"{'site':<{width}}  kind    channels  gate sees  MAC share  narrows",
         ]
         for s in self.sites:
             layers = ", ".join(dict.fromkeys(e.path for e in s.edges if e.op != "batch_norm"))
-            lines.append(f"{s.name:<{width}}  {s.kind:<6}  {s.channels:>8}  {s.in_channels:>9}  {s.share:>9.1%}  {layers}")
+            lines.append(
+                f"{s.name:<{width}}  {s.kind:<6}  {s.channels:>8}  {s.in_channels:>9}  {s.share:>9.1%}  {layers}"
+            )
         if self.skipped:
             lines.append("not gated:")
             lines += [f"{path:<{width}}  {reason}" for path, reason in self.skipped.items()]

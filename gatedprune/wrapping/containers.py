@@ -47,7 +47,7 @@ class _Dictionary(_Sized):
 
 
 def hiding(base: type) -> tuple[type, ...]:
-    """What a gated subclass of ``base`` must have in front of it, so that ``base`` does not come upon the gates.
+    """What a gated subclass of ``base`` needs in front of it, so that ``base`` does not come upon the gates.
 
     timm's ``features_only`` models are `nn.ModuleDict`s that run what they hold, as `nn.Sequential` does.
     """

@@ -51,7 +51,7 @@ class _Select:
         if x.dim() <= dim or x.shape[dim] != self.gate.in_channels:
             raise DataError(
                 f"The gate of site {self.site!r} expects {self.gate.in_channels} channels in dimension {dim} of its "
-                f"input. Got a tensor of shape {tuple(x.shape)}: give the model the kind of input that it was wrapped for."
+                f"input. Got shape {tuple(x.shape)}: give the model the kind of input that it was wrapped for."
             )
         self.gate(x)
 

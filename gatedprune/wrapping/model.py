@@ -62,9 +62,15 @@ class GatedModel(nn.Module):
         Raises:
             ModelError: No forward pass has been made since wrapping.
         """
-        terms = [g.last_saliency.sum() / max(g.last_saliency.shape[0], 1) for g in self.gates.values() if g.last_saliency is not None]
+        terms = [
+            g.last_saliency.sum() / max(g.last_saliency.shape[0], 1)
+            for g in self.gates.values()
+            if g.last_saliency is not None
+        ]
         if not terms:
-            raise ModelError("penalty() needs a forward pass first: call the gated model, then add penalty() to the loss.")
+            raise ModelError(
+                "penalty() needs a forward pass first: call the gated model, then add penalty() to the loss."
+            )
         return strength * torch.stack(terms).sum()
 
     def set_ratio(self, ratio: float | Mapping[str, float]) -> None:
@@ -114,7 +120,7 @@ def _gated_class(base: type) -> type:
 
 
 def _rebuild(base: type) -> nn.Module:
-    cls = _gated_class(base)
+    cls: Any = _gated_class(base)
     return cls.__new__(cls)
 
 
@@ -127,8 +133,8 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
          config: GateConfig | None = None, **options: Any) -> Any:  # fmt: skip
     """Put a saliency predictor and a winner-takes-all gate in front of a model's channels.
 
-    Every input then decides which channels are computed. The model is changed in place and returned: its class becomes a
-    subclass (``isinstance`` checks still hold), every attribute, method and state-dict key stays, and `GatedModel`'s
+    Every input then decides which channels are computed. The model is changed in place and returned: its class becomes
+    a subclass (``isinstance`` checks still hold), every attribute, method and state-dict key stays, and `GatedModel`'s
     methods are added. It masks, for training; `gatedprune.compact` makes the model that skips the work. Before any
     training or calibration the gated model equals a statically pruned one.
 
@@ -136,7 +142,7 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
         model: A timm model, or any module built around one, that `torch.export` can trace.
         ratio: Share of each site's channels to suppress, in [0, 1): a number (default 0.5), or a mapping from site name
             patterns to numbers.
-        example_inputs: A tensor (B, C, H, W), or a tuple of the model's arguments; default: from the timm configuration.
+        example_inputs: A tensor (B, C, H, W), or a tuple of the model's arguments; default: by the timm configuration.
         config: All options at once, instead of ``ratio`` and ``options``.
         **options: The other fields of `GateConfig`: ``include``, ``exclude``, ``round_to``, ``min_channels``,
             ``stream``, ``boost``.
@@ -146,7 +152,7 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
 
     Raises:
         ConfigError: An option out of its domain, or a pattern that fits no site.
-        ModelError: Nothing can be gated, the model is gated already, or it cannot be traced. The model is then untouched.
+        ModelError: Nothing can be gated, the model is gated already, or it cannot be traced. It is then untouched.
 
     Sources: Gao et al., arXiv 1810.05331; doi 10.18280/mmep.090221, equations 4–7.
     """
@@ -154,10 +160,13 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
         raise ConfigError(f"wrap() takes a torch.nn.Module. Got {type(model).__name__}.")
     if any(isinstance(m, GatedModel) for m in model.modules()):
         raise ModelError(
-            f"{type(model).__name__} is already gated, or holds a gated model: change its ratio with set_ratio(), or unwrap() it first."
+            f"{type(model).__name__} is already gated, or holds a gated model: change its ratio with set_ratio(), "
+            "or unwrap() it first."
         )
     if hasattr(model, _GATES):
-        raise ModelError(f"{type(model).__name__} has an attribute `{_GATES}` of its own, the name under which gates are kept.")
+        raise ModelError(
+            f"{type(model).__name__} has an attribute `{_GATES}` of its own, the name under which gates are kept."
+        )
     config = _configuration(config, ratio, options)
     report = find_sites(model, example_inputs, stream=config.stream)
     chosen = _choose(report, config)
@@ -188,7 +197,9 @@ def _choose(report: SiteReport, config: GateConfig) -> list[tuple[Site, float]]:
     """The sites to gate, each with its ratio; raises where there is none."""
     names = [s.name for s in report]
     if not names:
-        raise ModelError(f"Nothing in {report.model} can be gated:\n" + "\n".join(f"  {p}: {r}" for p, r in report.skipped.items()))
+        raise ModelError(
+            f"Nothing in {report.model} can be gated:\n" + "\n".join(f"  {p}: {r}" for p, r in report.skipped.items())
+        )
     for pattern in (*config.include, *(config.ratio if isinstance(config.ratio, Mapping) else ())):
         _must_hit(pattern, any(matches(n, pattern) for n in names), names, "wrap()")
     for pattern in config.exclude:
@@ -202,7 +213,9 @@ def _choose(report: SiteReport, config: GateConfig) -> list[tuple[Site, float]]:
         if taken and not left and ratio is not None:
             chosen.append((site, ratio))
     if not chosen:
-        raise ModelError(f"`include`, `exclude`, `ratio` and `min_channels` leave none of the {len(names)} sites of {report.model}.")
+        raise ModelError(
+            f"`include`, `exclude`, `ratio` and `min_channels` leave none of the {len(names)} sites of {report.model}."
+        )
     return chosen
 
 
@@ -213,7 +226,9 @@ def _make_gate(model: nn.Module, site: Site, ratio: float, config: GateConfig) -
                 device=weight.device, dtype=weight.dtype)  # fmt: skip
 
 
-def _mutate(model: nn.Module, sites: list[Site], gates: dict[str, Gate], config: GateConfig, report: SiteReport) -> None:
+def _mutate(
+    model: nn.Module, sites: list[Site], gates: dict[str, Gate], config: GateConfig, report: SiteReport
+) -> None:
     """The last step of `wrap`: everything was checked; should it fail all the same, nothing stays behind."""
     base, state = type(model), GatingState()
     try:
