@@ -94,23 +94,20 @@ class _Discovery:
 
     def run(self, name: str) -> Analysis:
         flow = self.flow
-        producers = [(use, flow.units.find(use.labels)) for use in flow.producers]
-        writers: dict[int, list[int]] = defaultdict(list)
-        for i, (_, roots) in enumerate(producers):
-            for root in np.unique(roots):
-                writers[int(root)].append(i)
+        signatures = self._signatures()
         grouped: dict[tuple, list[int]] = defaultdict(list)
-        for i, (use, roots) in enumerate(producers):
-            first = [int(r) for r in dict.fromkeys(roots.tolist()) if writers[int(r)][0] == i]
+        for i, use in enumerate(flow.producers):
+            roots = dict.fromkeys(flow.units.find(use.labels).tolist())
+            first = [r for r in roots if signatures[r][0][:2] == (0, i)]
             free = [r for r in first if r not in self.pinned]
             for root in free:
-                grouped[(i, tuple(writers[root]), root in self.joined)].append(root)
+                grouped[(i, tuple(signatures[root]), root in self.joined)].append(root)
             if first and not free:
                 self._skip(use.node, self.pinned[first[0]])
         self.readers: set[int] = {int(r) for use in flow.consumers for r in flow.units.find(use.labels)}
         sites: dict[str, SiteNodes] = {}
         for (i, _, joined), members in sorted(grouped.items(), key=lambda item: (item[0][0], item[1][0])):
-            node = producers[i][0].node
+            node = flow.producers[i].node
             try:
                 found = self._site(node, np.array(members), joined, sites)
             except _Skip as reason:
@@ -124,6 +121,21 @@ class _Discovery:
         report = SiteReport(name, tuple(s.site for s in sites.values()), dict(self.skipped), self.total,
                             sum(flow.macs.get(n, 0) for n in in_sites), layers)  # fmt: skip
         return Analysis(flow, sites, report)
+
+    def _signatures(self) -> dict[int, list[tuple[int, int, int]]]:
+        """Which layers touch each unit, and with how many of its channels: what one site's units have in common.
+
+        Where a layer's output is split and the parts go different ways, each part is a site of its own, so that every
+        tensor keeps the same number of channels for every sample.
+        """
+        out: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        flow = self.flow
+        for kind, uses in enumerate((flow.producers, flow.carriers, flow.consumers, flow.mixers)):
+            for i, use in enumerate(uses):
+                roots, counts = np.unique(flow.units.find(use.labels), return_counts=True)
+                for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
+                    out[root].append((kind, i, count))
+        return out
 
     def _skip(self, node: fx.Node, reason: str) -> None:
         self.skipped.setdefault(self.boundaries.innermost(node) or str(node.target), reason)
@@ -152,6 +164,15 @@ class _Discovery:
         flow = self.flow
         kinds = (flow.producers, flow.carriers, flow.consumers, flow.mixers)
         return [u.node for uses in kinds for u, _ in self._uses(uses, roots)]
+
+    def _macs(self, roots: np.ndarray) -> int:
+        """Dense MACs of the site's layers, each for the share of its channels that belongs to the site."""
+        flow, share = self.flow, dict.fromkeys(self.flow.macs, 0.0)
+        for uses in (flow.producers, flow.carriers, flow.consumers, flow.mixers):
+            for use, units in self._uses(uses, roots):
+                if use.node in share:
+                    share[use.node] = max(share[use.node], float((units >= 0).mean()))
+        return int(sum(flow.macs[node] * part for node, part in share.items()))
 
     def _edge(self, use: Use, units: np.ndarray, dim: int) -> Edge:
         op = operators.op_name(use.node.target)
@@ -183,7 +204,7 @@ class _Discovery:
         in_channels = flow.shape(gate_input)[channel_dim]
         consumers = self._uses(flow.consumers, roots)
         carriers = self._uses(flow.carriers, roots)
-        macs = sum(flow.macs.get(n, 0) for n in self._nodes(roots))
+        macs = self._macs(roots)
         if in_channels * channels >= 0.5 * macs:
             raise _Skip("its gate would cost at least what halving it saves")
         gain = self._gain_node(node, consumers, self.heads.issuperset(roots.tolist()))
