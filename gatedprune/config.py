@@ -28,6 +28,12 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
 
 
+def _check_share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) <= 1.0:
+        raise ConfigError(f"The `macs` of wrap() must be a share of the dense model's MACs, in (0, 1]. Got {value!r}.")
+    return float(value)
+
+
 def _patterns(value: Any, name: str) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
@@ -47,6 +53,8 @@ class GateConfig:
     Args:
         ratio: Share of each site's channels that is suppressed, in [0, 1): a number, or a mapping from site name
             patterns to numbers (the first pattern that fits wins; sites that no pattern fits stay ungated).
+        macs: Instead of ``ratio``: the share of the dense model's MACs that may be left, in (0, 1]. `wrap` finds the
+            smallest uniform ratio that leaves no more, and keeps it as ``ratio``.
         include: Gate only the sites whose name fits one of these shell patterns (empty: all).
         exclude: Never gate the sites whose name fits one of these.
         round_to: The number of active channels is rounded up to a multiple of this.
@@ -58,7 +66,8 @@ class GateConfig:
         ConfigError: An option is out of its domain.
     """
 
-    ratio: float | Mapping[str, float] = 0.5
+    ratio: float | Mapping[str, float] | None = None
+    macs: float | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     round_to: int = 1
@@ -67,11 +76,18 @@ class GateConfig:
     boost: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, Mapping):
+        if self.macs is not None:
+            if self.ratio is not None:
+                raise ConfigError("Give wrap() either `ratio` or `macs`, not both: `macs` looks for the ratio.")
+            object.__setattr__(self, "macs", _check_share(self.macs))
+            checked: Any = None
+        elif self.ratio is None:
+            checked = 0.5
+        elif isinstance(self.ratio, Mapping):
             if not self.ratio:
                 raise ConfigError("The `ratio` mapping of wrap() is empty: give at least one pattern and its ratio.")
             _patterns(self.ratio.keys(), "ratio")
-            checked: Any = {p: check_ratio(v, f"wrap(), pattern {p!r},") for p, v in self.ratio.items()}
+            checked = {p: check_ratio(v, f"wrap(), pattern {p!r},") for p, v in self.ratio.items()}
         else:
             checked = check_ratio(self.ratio)
         object.__setattr__(self, "ratio", checked)
@@ -86,10 +102,13 @@ class GateConfig:
                 raise ConfigError(f"`{name}` must be True or False. Got {getattr(self, name)!r}.")
 
     def ratio_for(self, site: str) -> float | None:
-        """The ratio asked for the site of that name; None where no pattern of a mapping fits."""
+        """The ratio asked for the site of that name; None where no pattern of a mapping fits.
+
+        0 where `macs` is given: `wrap` has yet to find the ratio.
+        """
         if isinstance(self.ratio, Mapping):
             return next((r for p, r in self.ratio.items() if matches(site, p)), None)
-        return self.ratio
+        return 0.0 if self.ratio is None else self.ratio
 
     def active_count(self, channels: int, ratio: float) -> int:
         """k: how many of ``channels`` stay active at ``ratio`` (DESIGN: ceil((1 − ratio)·C), rounded up)."""

@@ -15,7 +15,7 @@ from gatedprune.config import check_ratio, matches
 from gatedprune.errors import ConfigError, GatedPruneError
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan, math.inf, True, False, "0.5", None, 1 + 0j])
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan, math.inf, True, False, "0.5", 1 + 0j])
 def test_ratio_must_be_a_number_below_one(ratio: object) -> None:
     with pytest.raises(ConfigError, match=r"The `ratio` of wrap\(\) must be a float in \[0, 1\)\. Got"):
         GateConfig(ratio=ratio)  # type: ignore[arg-type]
@@ -111,3 +111,17 @@ def test_k_is_the_ceiling_rounded_up(channels: int, thousandths: int, round_to: 
 
 def test_ratio_zero_keeps_all() -> None:
     assert GateConfig(round_to=8).active_count(13, 0.0) == 13
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.01, math.nan, True, "0.5"])
+def test_macs_must_be_a_share(share: object) -> None:
+    with pytest.raises(ConfigError, match=r"The `macs` of wrap\(\) must be a share of .* in \(0, 1\]\. Got"):
+        GateConfig(macs=share)  # type: ignore[arg-type]
+
+
+def test_ratio_and_macs_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="either `ratio` or `macs`"):
+        GateConfig(ratio=0.5, macs=0.5)
+    assert GateConfig().ratio == 0.5
+    assert GateConfig(macs=0.5).ratio is None
+    assert GateConfig.from_json(GateConfig(macs=0.5).to_json()) == GateConfig(macs=0.5)

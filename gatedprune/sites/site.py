@@ -99,8 +99,8 @@ class Layer:
 
     def macs_with(self, kept: Mapping[str, float]) -> int:
         """MACs per sample where each site keeps that share of its channels; sites not named keep all."""
-        left = [1.0 - sum(share * (1.0 - kept.get(s, 1.0)) for s, share in d.items()) for d in (self.writes, self.reads)]
-        return round(self.macs * left[0] * left[1])
+        written, read = (sum(v * (1 - kept.get(s, 1)) for s, v in d.items()) for d in (self.writes, self.reads))
+        return round(self.macs * (1 - written) * (1 - read))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ class SiteReport:
         return self.macs_with({n: config.active_count(c, r) for n, (c, r) in asked.items() if r is not None})
 
     def macs_with(self, active: Mapping[str, int]) -> int:
-        """MACs per sample where each site named keeps that many channels, chosen by a gate; the others are not gated."""
+        """MACs per sample where each site named keeps that many channels, chosen by a gate; the others are whole."""
         gated = [s for s in self.sites if s.name in active]
         kept = {s.name: active[s.name] / s.channels for s in gated}
         return sum(layer.macs_with(kept) for layer in self.layers) + sum(s.in_channels * s.channels for s in gated)

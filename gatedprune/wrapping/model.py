@@ -13,6 +13,7 @@ from ..config import GateConfig, check_ratio, matches
 from ..errors import ConfigError, ModelError
 from ..gates import Gate
 from ..sites import GATING_STATE, Site, SiteReport, find_sites
+from .budget import fit_ratio
 from .containers import GATES as _GATES
 from .containers import hiding
 from .hooks import GatingState, attach
@@ -144,8 +145,8 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
             patterns to numbers.
         example_inputs: A tensor (B, C, H, W), or a tuple of the model's arguments; default: by the timm configuration.
         config: All options at once, instead of ``ratio`` and ``options``.
-        **options: The other fields of `GateConfig`: ``include``, ``exclude``, ``round_to``, ``min_channels``,
-            ``stream``, ``boost``.
+        **options: The other fields of `GateConfig`: ``macs`` (instead of ``ratio``: the share of the dense MACs that
+            may be left), ``include``, ``exclude``, ``round_to``, ``min_channels``, ``stream``, ``boost``.
 
     Returns:
         The same object, gated.
@@ -170,6 +171,9 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
     config = _configuration(config, ratio, options)
     report = find_sites(model, example_inputs, stream=config.stream)
     chosen = _choose(report, config)
+    if config.macs is not None:
+        config = fit_ratio(report, config, [site for site, _ in chosen])
+        chosen = [(site, config.ratio) for site, _ in chosen]  # type: ignore[misc]
     gates = {site.name: _make_gate(model, site, ratio, config) for site, ratio in chosen}
     _mutate(model, [site for site, _ in chosen], gates, config, report)
     return model

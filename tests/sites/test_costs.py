@@ -1,0 +1,55 @@
+"""MACs left, by arithmetic: what the compact model is then seen to execute."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+import gatedprune
+from gatedprune.sites import Layer, SiteReport
+
+# One of each kind: plain chains and squeeze-excite, depthwise, grouped, weight-standardised, heads and hidden
+# units.
+MODELS = ["test_byobnet", "test_convnext", "test_efficientnet", "test_nfnet", "test_resnet", "test_vit"]
+
+
+@pytest.mark.parametrize(("name", "stream"), [*((name, False) for name in MODELS), ("test_resnet", True)])
+def test_macs_left_are_those_that_the_compact_model_executes(name: str, stream: bool) -> None:
+    options = {"img_size": 64} if name == "test_vit" else {}
+    model = timm.create_model(name, num_classes=10, **options).eval()
+    images = torch.randn(2, 3, 64, 64)
+    report = gatedprune.find_sites(model, images, stream=stream)
+    assert report.macs == gatedprune.count_macs(model, images).total == sum(layer.macs for layer in report.layers)
+    fast = gatedprune.compact(gatedprune.wrap(model, 0.3, example_inputs=images, stream=stream), images)
+    assert report.macs_left(0.3) == gatedprune.count_macs(fast, images).total
+
+
+def test_a_layer_between_two_sites_costs_the_product() -> None:
+    layer = Layer("fc", "linear", 1000, writes={"a": 0.5}, reads={"b": 1.0})
+    assert layer.macs_with({}) == 1000
+    assert layer.macs_with({"a": 0.5}) == 750
+    assert layer.macs_with({"a": 0.5, "b": 0.1}) == 75
+
+
+def test_sites_that_no_pattern_fits_stay_whole(report: SiteReport) -> None:
+    first, *_ = report
+    alone = report.macs_left({first.name: 0.5})
+    predictor = first.in_channels * first.channels
+    assert report.macs - first.macs <= alone < report.macs
+    assert report.macs_left({first.name: 0.0}) == report.macs + predictor
+    assert report.macs_with({}) == report.macs
+
+
+def test_layers_name_the_sites_that_narrow_them(report: SiteReport) -> None:
+    touched = sum(layer.macs for layer in report.layers if layer.writes or layer.reads)
+    assert touched == report.macs_in_sites < report.macs
+    for layer in report.layers:
+        for shares in (layer.writes, layer.reads):
+            assert all(0 < share <= 1 for share in shares.values())
+            assert sum(shares.values()) <= 1 + 1e-9
+
+
+@pytest.fixture(scope="module")
+def report() -> SiteReport:
+    return gatedprune.find_sites(timm.create_model("test_resnet"), torch.zeros(1, 3, 64, 64))
