@@ -36,9 +36,7 @@ def test_the_smallest_ratio_within_the_budget_is_found(options: dict) -> None:
 def test_a_budget_that_cannot_be_met_names_the_least_and_leaves_the_model_alone() -> None:
     model = resnet()
     keys = list(model.state_dict())
-    with pytest.raises(
-        ConfigError, match=r"`macs` of wrap\(\) cannot be 0.01: .* at best (0\.\d+) of its MACs"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"`macs` of wrap\(\) cannot be 0.01: .* at best 0\.\d+ of") as caught:
         gatedprune.wrap(model, macs=0.01, example_inputs=IMAGES)
     assert list(model.state_dict()) == keys and not gatedprune.is_gated(model)
     least = float(str(caught.value).split("at best ")[1].split()[0])
