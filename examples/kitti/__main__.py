@@ -9,9 +9,7 @@ def _run() -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("cv2", "tqdm"):
             raise
-        print(
-            f"error: the KITTI example needs {error.name}: pip install 'gatedprune[kitti]'", file=sys.stderr
-        )
+        print(f"error: the KITTI example needs {error.name}: pip install 'gatedprune[kitti]'", file=sys.stderr)
         return 2
     return main()
 

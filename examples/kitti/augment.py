@@ -37,9 +37,7 @@ class Augmentation:
         flip = random.random() < self.flip
         angle = random.uniform(-self.rotation, self.rotation)
         image, depth = transform(image, depth, flip=flip, angle=angle, scale=random.uniform(*self.scale))
-        brightness, contrast, saturation = random.uniform(1 - self.jitter, 1 + self.jitter, 3).astype(
-            np.float32
-        )
+        brightness, contrast, saturation = random.uniform(1 - self.jitter, 1 + self.jitter, 3).astype(np.float32)
         image = image * brightness
         image = _blend(image, np.float32((image @ LUMA).mean()), contrast)
         image = _blend(image, (image @ LUMA)[..., None], saturation)

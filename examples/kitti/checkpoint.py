@@ -70,9 +70,7 @@ class ModelSpec:
         """Read what `to_json` wrote."""
         values = json.loads(text)
         values.pop("format")
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     def differences(self, other: ModelSpec) -> list[str]:
         """Name the fields in which two models differ in their weights' shapes, as `field: mine, not
@@ -104,9 +102,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[str], object]) -
 
 def save_model(path: str | os.PathLike[str], model: nn.Module, spec: ModelSpec) -> None:
     """Write weights and spec as one safetensors file, atomically."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     atomic_write(path, lambda temporary: save_file(tensors, temporary, {SPEC_KEY: spec.to_json()}))
 
 

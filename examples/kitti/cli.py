@@ -98,20 +98,16 @@ def _train(options: argparse.Namespace) -> int:
     state_file = options.out / "state.pt"
     if state_file.exists() and not options.resume:
         raise ConfigError(
-            f"{state_file} holds the state of an earlier training. Continue it with --resume, or give "
-            "another --out."
+            f"{state_file} holds the state of an earlier training. Continue it with --resume, or give another --out."
         )
     torch.manual_seed(options.seed)
     config = _train_config(options)
     model, spec = _model_to_train(options)
-    trainer = Trainer(
-        model, _dataset(options, spec), config, spec=spec, state_file=state_file, device=options.device
-    )
+    trainer = Trainer(model, _dataset(options, spec), config, spec=spec, state_file=state_file, device=options.device)
     if options.resume and trainer.resume():
         print(f"Resuming in epoch {trainer.epoch + 1}, step {trainer.step_in_epoch + 1}.")
     print(
-        f"Training {spec.backbone} on {len(trainer.dataset)} frames, {config.epochs} epochs, output in "
-        f"{options.out}."
+        f"Training {spec.backbone} on {len(trainer.dataset)} frames, {config.epochs} epochs, output in {options.out}."
     )
     with stop_on_interrupt() as stop:
         finished = trainer.fit(progress=not options.quiet, stop=stop)
@@ -140,9 +136,7 @@ def _model_to_train(options: argparse.Namespace) -> tuple[torch.nn.Module, Model
             image_size=options.image_size,
             input_size=options.input_size,
         )
-        fetch = (
-            options.pretrained and options.weights is None and not resuming
-        )  # the state brings its own weights
+        fetch = options.pretrained and options.weights is None and not resuming  # the state brings its own weights
         model = spec.build(pretrained=fetch, weights=options.weights)
     if options.ratio is not None:
         if spec.gates is not None:
@@ -173,19 +167,16 @@ def _evaluate(options: argparse.Namespace) -> int:
         image_size=spec.image_size,
         input_size=spec.input_size,
         protocol=protocol,
+        device=options.device,
         progress=not options.quiet,
         see=keep,
     )
     print(result)
     if options.picture:
-        save_picture(
-            options.picture, rows, [spec.backbone if spec.gates is None else f"{spec.backbone}, gated"]
-        )
+        save_picture(options.picture, rows, [spec.backbone if spec.gates is None else f"{spec.backbone}, gated"])
         print(f"Wrote {options.picture}.")
     if options.json:
-        options.json.write_text(
-            json.dumps({"metrics": result.metrics, "protocol": result.describe()}, indent=2) + "\n"
-        )
+        options.json.write_text(json.dumps({"metrics": result.metrics, "protocol": result.describe()}, indent=2) + "\n")
     return 0
 
 
@@ -200,6 +191,7 @@ def _predict(options: argparse.Namespace) -> int:
         images,
         options.out,
         depth_png=options.depth_png,
+        device=options.device,
         progress=not options.quiet,
     )
     print(f"Wrote {len(written)} files to {options.out}.")
@@ -210,8 +202,7 @@ def _compare(options: argparse.Namespace) -> int:
     dense, spec = load_model(options.checkpoint, backbone=options.backbone)
     if spec.gates is not None:
         raise CheckpointError(
-            f"{options.checkpoint} holds a gated model; compare starts from a dense one and prunes it both "
-            "ways."
+            f"{options.checkpoint} holds a gated model; compare starts from a dense one and prunes it both ways."
         )
     protocol = Protocol(options.crop, options.cap)
     frames = _frames(options, "eval_") if options.eval_data else _frames(options)
@@ -240,11 +231,7 @@ def _compare(options: argparse.Namespace) -> int:
         progress=not options.quiet,
     )
     result.comparison.to_json(options.out / "comparison.json")
-    note = (
-        ""
-        if options.eval_data or not finetune
-        else " Fine-tuned and evaluated on the same frames (no --eval-data)."
-    )
+    note = "" if options.eval_data or not finetune else " Fine-tuned and evaluated on the same frames (no --eval-data)."
     text = f"{result}{note}"
     (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\nWrote table.txt, comparison.json, picture.png and gated.safetensors to {options.out}.")

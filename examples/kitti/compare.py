@@ -70,9 +70,7 @@ def prune_both(
         dynamic.fit(label="fine-tuning, dynamic", progress=progress)
         # Where time cut the first short, the second gets the same number of steps, however fast they are.
         alike = replace(finetune, max_steps=dynamic.steps_done, max_seconds=None)
-        Trainer(static, dataset, alike, spec=spec, device=device).fit(
-            label="fine-tuning, static ", progress=progress
-        )
+        Trainer(static, dataset, alike, spec=spec, device=device).fit(label="fine-tuning, static ", progress=progress)
     return Trio(dense.eval(), static.eval(), gated.eval(), spec, gated_spec)
 
 
@@ -107,12 +105,11 @@ def side_by_side(
         picture_rows: how many frames it shows, evenly spread.
     """
     spec = trio.dense_spec
+    device = next(trio.dense.parameters()).device
     names = ["dense", "static", "dynamic"]
     evaluations: dict[str, Evaluation] = {}
     shown = {int(i) for i in np.linspace(0, len(frames) - 1, min(picture_rows, len(frames)))}
-    rows: dict[int, tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = {
-        index: (_NONE, _NONE, []) for index in shown
-    }
+    rows: dict[int, tuple[np.ndarray, np.ndarray, list[np.ndarray]]] = {index: (_NONE, _NONE, []) for index in shown}
 
     def keep(index: int, image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> None:
         if index in rows:
@@ -126,15 +123,21 @@ def side_by_side(
             image_size=spec.image_size,
             input_size=spec.input_size,
             protocol=protocol,
+            device=device,
             label=f"evaluating, {name:7}",
             progress=progress,
             see=keep,
         )
         return {title: evaluations[name].metrics[metric] for metric, title in SHOWN_METRICS.items()}
 
-    example = spec.example().to(next(trio.dense.parameters()).device)
     comparison = compare_models(
-        trio.dense, trio.static, trio.gated, example, evaluate=measure, threads=threads, repeats=repeats
+        trio.dense,
+        trio.static,
+        trio.gated,
+        spec.example().to(device),
+        evaluate=measure,
+        threads=threads,
+        repeats=repeats,
     )
     if picture is not None:
         titles = ["before pruning (dense)", "after static pruning", "after dynamic pruning"]

@@ -65,9 +65,7 @@ class DepthDataset(Dataset):
             image, depth = self.augmentation(image, depth, random)
         image = resize_image(image, self.input_size)
         depth = resize_sparse(depth, self.input_size)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(depth)[
-            None
-        ].contiguous()
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(depth)[None].contiguous()
 
     def _resized(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if self._cache is not None and index in self._cache:

@@ -39,11 +39,11 @@ class DemoConfig:
     train_streets: int = 20
     test_streets: int = 4
     frames: int = 3
-    epochs: int = 17
-    finetune_epochs: int = 6
-    batch_size: int = 8
-    lr: float = 2e-3
-    finetune_lr: float = 7e-4
+    epochs: int = 9
+    finetune_epochs: int = 3
+    batch_size: int = 4
+    lr: float = 1.5e-3
+    finetune_lr: float = 5e-4
     ratio: float = 0.5
     threads: int = 1
     seed: int = 0
@@ -96,8 +96,7 @@ def run_demo(out: Path, config: DemoConfig | None = None, *, progress: bool = Tr
     Trainer(dense, dataset, train, spec=spec).fit(label="training, dense     ", progress=progress)
     save_model(out / "dense.safetensors", dense, spec)
     print(
-        f"3. Pruning {config.ratio:.0%} of each site's channels, statically and dynamically, and fine-tuning "
-        "both alike"
+        f"3. Pruning {config.ratio:.0%} of each site's channels, statically and dynamically, and fine-tuning both alike"
     )
     finetune = replace(
         train,
@@ -127,8 +126,7 @@ def run_demo(out: Path, config: DemoConfig | None = None, *, progress: bool = Tr
     (out / "table.txt").write_text(f"{result}\n", encoding="utf-8")
     print(f"\n{result}\n")
     print(
-        "These are synthetic streets and a training of a minute: the numbers show that it works, and nothing "
-        "of KITTI."
+        "These are synthetic streets and a training of a minute: the numbers show that it works, and nothing of KITTI."
     )
     print(f"Picture: {out / 'picture.png'}, table: {out / 'table.txt'}, in {time.monotonic() - began:.0f} s.")
     return result

@@ -72,11 +72,7 @@ class Evaluation:
 
     def describe(self) -> str:
         """Return the protocol in words."""
-        left_out = (
-            f", {self.without_ground_truth} more left out (no valid pixel)"
-            if self.without_ground_truth
-            else ""
-        )
+        left_out = f", {self.without_ground_truth} more left out (no valid pixel)" if self.without_ground_truth else ""
         return (
             f"{self.images} images{left_out}; ground truth: {self.source}; crop: {self.protocol.crop}; "
             f"cap: {self.protocol.cap:g} m; compared at the ground truth's resolution ({self.resolution}), "
@@ -91,19 +87,18 @@ class Evaluation:
 
 
 def predict_depth(
-    model: nn.Module, image: np.ndarray, image_size: tuple[int, int], input_size: tuple[int, int]
+    model: nn.Module,
+    image: np.ndarray,
+    image_size: tuple[int, int],
+    input_size: tuple[int, int],
+    device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """Predict the depth of an RGB uint8 image (H, W, 3): float32 (H, W) in metres, at the image's own
     size.
     """
-    device = next(model.parameters()).device
     with torch.inference_mode():
         depth = model(network_input(image, image_size, input_size).to(device))
-        return (
-            F.interpolate(depth, size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
-            .cpu()
-            .numpy()
-        )
+        return F.interpolate(depth, size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
 
 
 def evaluate(
@@ -113,6 +108,7 @@ def evaluate(
     image_size: tuple[int, int],
     input_size: tuple[int, int],
     protocol: Protocol | None = None,
+    device: torch.device | str = "cpu",
     label: str = "evaluating",
     progress: bool = True,
     see: Callable[[int, np.ndarray, np.ndarray, np.ndarray], object] | None = None,
@@ -124,6 +120,7 @@ def evaluate(
         frames: what to evaluate on.
         image_size, input_size: as in training.
         protocol: default: Garg crop, 80 m.
+        device: where the model is.
         see: called with index, image, ground truth and prediction of every frame, e.g. to keep some for a
             picture.
 
@@ -135,7 +132,7 @@ def evaluate(
     average, empty, sizes = MetricAverage(), 0, set()
     for index, frame in enumerate(tqdm(frames, desc=label, unit="frame", disable=not progress)):
         image, truth = load_frame(frame)
-        prediction = predict_depth(model, image, image_size, input_size)
+        prediction = predict_depth(model, image, image_size, input_size, device)
         if see is not None:
             see(index, image, truth, prediction)
         mask = protocol.mask(truth)

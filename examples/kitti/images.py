@@ -41,8 +41,7 @@ def read_depth(path: str | os.PathLike[str]) -> np.ndarray:
     if depth is None or depth.dtype != np.uint16 or depth.ndim != 2:
         found = "nothing readable" if depth is None else f"{depth.dtype} of shape {depth.shape}"
         raise DataError(
-            f"{path} is not a KITTI depth map, which is a 16-bit PNG of one channel (metres times 256). "
-            f"Found {found}."
+            f"{path} is not a KITTI depth map, which is a 16-bit PNG of one channel (metres times 256). Found {found}."
         )
     return depth.astype(np.float32) / np.float32(DEPTH_SCALE)
 

@@ -45,9 +45,7 @@ class Frame:
 
     def missing(self) -> list[Path]:
         """Return the files of this frame that do not exist (the calibration is checked when it is read)."""
-        return [
-            path for path in (self.image, self.depth, self.scan) if path is not None and not path.is_file()
-        ]
+        return [path for path in (self.image, self.depth, self.scan) if path is not None and not path.is_file()]
 
 
 def load_frame(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
@@ -66,9 +64,7 @@ def load_frame(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
                 f"{image.shape[1]}x{image.shape[0]}. They must belong together."
             )
         return image, depth
-    assert (
-        frame.scan is not None and frame.calibration is not None
-    )  # the layouts below set either both or `depth`
+    assert frame.scan is not None and frame.calibration is not None  # the layouts below set either both or `depth`
     of_object = frame.calibration.suffix == ".txt"
     projection = (object_projection if of_object else raw_projection)(frame.calibration, frame.camera)
     return image, project_scan(read_scan(frame.scan), projection, image.shape[:2])
@@ -188,9 +184,7 @@ def _annotated_map(root: Path, drive: str, camera: int, stem: str) -> Path:
 
 def _object_frames(root: Path, names: list[tuple[str, str, str]] | None) -> list[Frame]:
     root = root / "training" if (root / "training" / "image_2").is_dir() else root
-    stems = (
-        [f.stem for f in sorted((root / "image_2").glob("*.png"))] if names is None else [n[1] for n in names]
-    )
+    stems = [f.stem for f in sorted((root / "image_2").glob("*.png"))] if names is None else [n[1] for n in names]
     return [
         Frame(
             s,

@@ -109,9 +109,7 @@ def widths(text: str) -> int | tuple[int, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _data(
-    command: argparse.ArgumentParser, prefix: str = "", purpose: str = "", required: bool = True
-) -> None:
+def _data(command: argparse.ArgumentParser, prefix: str = "", purpose: str = "", required: bool = True) -> None:
     group = command.add_argument_group(f"data{purpose}")
     group.add_argument(f"--{prefix}data", type=Path, required=required, help="folder of one KITTI layout")
     group.add_argument(f"--{prefix}layout", choices=("auto", *LAYOUTS), default="auto", help="default: auto")
@@ -123,9 +121,7 @@ def _data(
         type=Path,
         help="raw layout: take the official annotated depth maps in this folder",
     )
-    group.add_argument(
-        f"--{prefix}skip-missing", action="store_true", help="leave out frames whose files are missing"
-    )
+    group.add_argument(f"--{prefix}skip-missing", action="store_true", help="leave out frames whose files are missing")
 
 
 def _device(command: argparse.ArgumentParser) -> None:
@@ -141,25 +137,17 @@ def _training(command: argparse.ArgumentParser, epochs: int) -> None:
     group.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default: sgd")
     group.add_argument("--momentum", type=float, default=0.9, help="of SGD (default: 0.9)")
     group.add_argument("--weight-decay", type=float, default=0.0, help="default: 0")
-    group.add_argument(
-        "--schedule", choices=("constant", "cosine"), default="constant", help="default: constant"
-    )
-    group.add_argument(
-        "--penalty", type=float, default=1e-8, help="of the gates' saliencies, L1 (default: 1e-8)"
-    )
+    group.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="default: constant")
+    group.add_argument("--penalty", type=float, default=1e-8, help="of the gates' saliencies, L1 (default: 1e-8)")
     group.add_argument(
         "--augmentation",
         choices=tuple(AUGMENTATIONS),
         default="paper",
         help="default: paper; mild for few frames",
     )
-    group.add_argument(
-        "--seed", type=int, default=0, help="of order, augmentation and random weights (default: 0)"
-    )
+    group.add_argument("--seed", type=int, default=0, help="of order, augmentation and random weights (default: 0)")
     group.add_argument("--workers", type=int, default=0, help="processes that load frames (default: 0)")
-    group.add_argument(
-        "--cache", action="store_true", help="keep the resized frames in memory (not with --workers)"
-    )
+    group.add_argument("--cache", action="store_true", help="keep the resized frames in memory (not with --workers)")
 
 
 def _gates(command: argparse.ArgumentParser, ratio: float | None, help_text: str) -> None:
@@ -171,9 +159,7 @@ def _gates(command: argparse.ArgumentParser, ratio: float | None, help_text: str
 def _protocol(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("protocol")
     group.add_argument("--crop", choices=tuple(CROPS), default="garg", help="default: garg")
-    group.add_argument(
-        "--cap", type=float, default=80.0, help="largest depth that counts, in metres (default: 80)"
-    )
+    group.add_argument("--cap", type=float, default=80.0, help="largest depth that counts, in metres (default: 80)")
 
 
 def _checkpoint(command: argparse.ArgumentParser) -> None:
@@ -183,20 +169,14 @@ def _checkpoint(command: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--out", type=Path, default=Path("kitti_demo"), help="output folder (default: kitti_demo)"
-    )
+    command.add_argument("--out", type=Path, default=Path("kitti_demo"), help="output folder (default: kitti_demo)")
     command.add_argument("--backbone", help="timm model (default: resnet50)")
-    command.add_argument(
-        "--weights", help="checkpoint of the backbone to start from (default: random weights)"
-    )
+    command.add_argument("--weights", help="checkpoint of the backbone to start from (default: random weights)")
     command.add_argument("--input-size", type=size, help="WIDTHxHEIGHT (default: 208x64)")
     command.add_argument("--epochs", type=int, help="of the dense training")
     command.add_argument("--finetune-epochs", type=int, help="of static and dynamic, each")
     command.add_argument("--streets", type=int, help="training streets; a fifth as many for testing")
-    command.add_argument(
-        "--ratio", type=float, help="share of each site's channels to suppress (default: 0.5)"
-    )
+    command.add_argument("--ratio", type=float, help="share of each site's channels to suppress (default: 0.5)")
     command.add_argument("--threads", type=int, help="of the timing (default: 1)")
     command.add_argument("--seed", type=int, help="default: 0")
     command.add_argument(
@@ -238,9 +218,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
         default=PAPER_INPUT_SIZE,
         help="network input and output (default: 320x224)",
     )
-    _gates(
-        command, None, "gate the model, suppressing this share of each site's channels (default: no gates)"
-    )
+    _gates(command, None, "gate the model, suppressing this share of each site's channels (default: no gates)")
     _training(command, epochs=30)
     command.add_argument("--out", type=Path, required=True, help="output folder")
     command.add_argument("--resume", action="store_true", help="go on from state.pt in --out")
@@ -259,9 +237,7 @@ def _add_predict(command: argparse.ArgumentParser) -> None:
     _checkpoint(command)
     command.add_argument("images", type=Path, nargs="+", help="images, or folders with images")
     command.add_argument("--out", type=Path, default=Path("depth"), help="output folder (default: depth)")
-    command.add_argument(
-        "--depth-png", action="store_true", help="also write KITTI depth PNGs (metres times 256)"
-    )
+    command.add_argument("--depth-png", action="store_true", help="also write KITTI depth PNGs (metres times 256)")
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:

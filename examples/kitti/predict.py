@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -47,6 +48,7 @@ def predict_images(
     out: Path,
     *,
     depth_png: bool = False,
+    device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> list[Path]:
     """Write `NAME_depth_color.png` for each image: the image above its coloured depth; return what was
@@ -56,18 +58,17 @@ def predict_images(
         model, spec: from `load_model`.
         images: files; two of the same name would overwrite each other and are refused.
         out: folder, made where it is missing.
+        device: where the model is.
         depth_png: also write `NAME_depth.png`, metres times 256 as uint16, KITTI's format.
     """
     stems = [image.stem for image in images]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise DataError(
-            f"Several images are named {', '.join(twice[:3])}: predict them into different folders."
-        )
+        raise DataError(f"Several images are named {', '.join(twice[:3])}: predict them into different folders.")
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for path in tqdm(images, desc="predicting", unit="image", disable=not progress):
         image = read_image(path)
-        depth = predict_depth(model, image, spec.image_size, spec.input_size)
+        depth = predict_depth(model, image, spec.image_size, spec.input_size, device)
         written.append(out / f"{path.stem}_depth_color.png")
         write_image(written[-1], np.concatenate([image, color_depth(depth)]))
         if depth_png:

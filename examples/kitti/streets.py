@@ -36,9 +36,7 @@ def _seed(random: np.random.Generator) -> int:
     return int(random.integers(1 << 16))
 
 
-def _pick(
-    random: np.random.Generator, colors: tuple[tuple[float, float, float], ...]
-) -> tuple[float, float, float]:
+def _pick(random: np.random.Generator, colors: tuple[tuple[float, float, float], ...]) -> tuple[float, float, float]:
     shift = random.uniform(-0.06, 0.06, 3)
     return tuple(float(c) for c in np.clip(np.array(colors[random.integers(len(colors))]) + shift, 0.02, 1))
 
@@ -73,14 +71,10 @@ def _roadside(random: np.random.Generator, side: int, half_road: float) -> list[
             solids.append(Cylinder("metal", (0.42, 0.43, 0.44), 0, (x, z), random.uniform(0.06, 0.12), top))
         else:
             trunk, crown = random.uniform(1.6, 2.6), random.uniform(1.2, 2.2)
-            solids.append(
-                Cylinder("bark", (0.33, 0.25, 0.18), _seed(random), (x, z), 0.16, CAMERA_HEIGHT - trunk - 1)
-            )
+            solids.append(Cylinder("bark", (0.33, 0.25, 0.18), _seed(random), (x, z), 0.16, CAMERA_HEIGHT - trunk - 1))
             green = _pick(random, ((0.22, 0.4, 0.14), (0.3, 0.45, 0.16)))
             center = (x, CAMERA_HEIGHT - trunk - crown, z)
-            solids.append(
-                Ellipsoid("leaves", green, _seed(random), center, (crown * 0.8, crown, crown * 0.8))
-            )
+            solids.append(Ellipsoid("leaves", green, _seed(random), center, (crown * 0.8, crown, crown * 0.8)))
         z += random.uniform(6, 20)
     return solids
 

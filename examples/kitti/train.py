@@ -70,9 +70,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, choices in (("optimizer", ("sgd", "adamw")), ("schedule", ("constant", "cosine"))):
             if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"`{name}` must be one of {', '.join(choices)}. Got {getattr(self, name)!r}."
-                )
+                raise ConfigError(f"`{name}` must be one of {', '.join(choices)}. Got {getattr(self, name)!r}.")
         if self.epochs < 1 or self.batch_size < 1 or not 0 < self.lr < math.inf:
             raise ConfigError(
                 f"Training needs at least one epoch, one image a batch and a positive learning rate. Got "
@@ -275,9 +273,7 @@ class Trainer:
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
 
 

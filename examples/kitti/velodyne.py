@@ -25,9 +25,7 @@ def read_scan(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(
-            f"The Velodyne scan {path} cannot be read ({error.strerror}). Check the path."
-        ) from error
+        raise DataError(f"The Velodyne scan {path} cannot be read ({error.strerror}). Check the path.") from error
     if not data or len(data) % POINT_BYTES:
         raise DataError(
             f"The Velodyne scan {path} is truncated or empty: its {len(data)} bytes are no multiple of "

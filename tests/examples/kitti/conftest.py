@@ -16,9 +16,7 @@ TINY_SIZE = (32, 96)
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> SyntheticSample:
     """Two training streets and one test street of two frames each."""
-    return write_sample(
-        tmp_path_factory.mktemp("streets"), train_streets=2, test_streets=1, frames=2, progress=False
-    )
+    return write_sample(tmp_path_factory.mktemp("streets"), train_streets=2, test_streets=1, frames=2, progress=False)
 
 
 @pytest.fixture(scope="session")
