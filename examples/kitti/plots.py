@@ -52,7 +52,8 @@ def save_picture(
     lines = [_spread([_heading(label) for label in labels])]
     for image, truth, predictions in rows:
         tiles = [_shrink(image), color_depth(_thicken(_nearest_of_cells(truth)), near, far)]
-        tiles += [color_depth(_shrink(prediction), near, far) for prediction in predictions]
+        unseen = int(np.argmax(tiles[1].any(axis=(1, 2))))  # rows above the laser's highest beam
+        tiles += [_veil(color_depth(_shrink(prediction), near, far), unseen) for prediction in predictions]
         lines.append(_spread(tiles))
     lines.append(_color_bar(lines[0].shape[1], near, far))
     width = lines[0].shape[1]
@@ -74,6 +75,12 @@ def _thicken(truth: np.ndarray) -> np.ndarray:
     far = np.where(truth > 0, truth, np.float32(np.inf))
     spread = cv2.erode(far, np.ones((3, 3), np.uint8))  # erosion takes the minimum
     return np.where(np.isfinite(spread) & (spread < 1e6), spread, 0).astype(np.float32)
+
+
+def _veil(colored: np.ndarray, rows: int) -> np.ndarray:
+    """Pale the first rows: no ground truth ever reached them, so what a model says there means nothing."""
+    colored[:rows] = 190 + colored[:rows] // 4
+    return colored
 
 
 def _heading(text: str) -> np.ndarray:
@@ -101,4 +108,6 @@ def _color_bar(width: int, near: float, far: float) -> np.ndarray:
         if near <= mark <= far:
             x = left + round((right - left - 1) * np.log(mark / near) / np.log(far / near))
             cv2.putText(bar, f"{mark} m", (x - 14, 36), FONT, 0.42, (20, 20, 20), 1, cv2.LINE_AA)
+    note = "pale: above the laser's view, never trained"
+    cv2.putText(bar, note, (right + 24, 20), FONT, 0.42, (20, 20, 20), 1, cv2.LINE_AA)
     return bar
