@@ -19,6 +19,12 @@ settings.register_profile("gatedprune", deadline=None, print_blob=True)
 settings.load_profile("gatedprune")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The tests' tensors are small: on a machine that does other work, a second thread makes them slower."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """Start every test from the same random state, so that a failure comes back when it is run alone."""

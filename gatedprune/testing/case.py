@@ -68,9 +68,7 @@ class Case:
     @staticmethod
     def _require_samples(args: tuple[Any, ...]) -> None:
         if next(a for a in args if isinstance(a, Tensor)).shape[0] < 2:
-            raise ConfigError(
-                "`inputs` of a Case needs at least two samples: channels are chosen for each anew."
-            )
+            raise ConfigError("`inputs` of a Case needs at least two samples: channels are chosen for each anew.")
 
     @cached_property
     def _base(self) -> nn.Module:
@@ -100,16 +98,13 @@ class Case:
         # scale each.
         places = [self._size or places for places in image.shape[2:]]
         noise = torch.randn(SAMPLES, image.shape[1], *places, generator=generator)
-        noise = noise * (0.3 + torch.rand(shape, generator=generator)) + torch.randn(
-            shape, generator=generator
-        )
+        noise = noise * (0.3 + torch.rand(shape, generator=generator)) + torch.randn(shape, generator=generator)
         return (noise.to(image),)
 
     def inputs(self, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
         """The model's arguments; floating-point tensors in ``dtype``."""
         return tuple(
-            a.to(dtype) if dtype and isinstance(a, Tensor) and a.is_floating_point() else a
-            for a in self._args
+            a.to(dtype) if dtype and isinstance(a, Tensor) and a.is_floating_point() else a for a in self._args
         )
 
     def dense(self) -> nn.Module:
@@ -163,11 +158,7 @@ class Case:
 def outputs(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
     """Every floating-point tensor that the model returns in eval mode, in order; detached copies."""
     with evaluating(model), torch.no_grad():
-        found = [
-            v.clone()
-            for v in tree_flatten(model(*args))[0]
-            if isinstance(v, Tensor) and v.is_floating_point()
-        ]
+        found = [v.clone() for v in tree_flatten(model(*args))[0] if isinstance(v, Tensor) and v.is_floating_point()]
     if not found:
         raise ConfigError(f"{type(model).__name__} returns no floating-point tensor that could be checked.")
     return found
@@ -213,8 +204,7 @@ def excite(gated: GatedModel, args: tuple[Any, ...], seed: int = 0) -> GatedMode
     """
     generator = torch.Generator().manual_seed(seed)
     hooks = [
-        g.register_forward_pre_hook(lambda gate, x: _excite_one(gate, x[0], generator))
-        for g in gated.gates.values()
+        g.register_forward_pre_hook(lambda gate, x: _excite_one(gate, x[0], generator)) for g in gated.gates.values()
     ]
     try:
         outputs(gated, args)
@@ -233,10 +223,7 @@ def _excite_one(gate: Gate, x: Tensor, generator: torch.Generator) -> None:
         best: tuple[tuple[bool, float], Tensor, Tensor] | None = None
         start = gate.start.double().cpu()
         for _ in range(24):
-            phi = (
-                torch.randn(gate.weight.shape, generator=generator, dtype=torch.float64)
-                / gate.in_channels**0.5
-            )
+            phi = torch.randn(gate.weight.shape, generator=generator, dtype=torch.float64) / gate.in_channels**0.5
             phi *= SWING / max(float((apart @ phi.T).abs().max()), floor, 1e-12)
             jitter = 0.2 * torch.rand(gate.channels, generator=generator, dtype=torch.float64) - 0.1
             bias = start + jitter - phi @ s.mean(0)

@@ -35,18 +35,14 @@ def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest difference, relative to the largest wanted value; infinite for other shapes or NaN."""
     if [v.shape for v in found] != [v.shape for v in wanted]:
         return math.inf
-    worst = max(
-        (float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True) if a.numel()), default=0.0
-    )
+    worst = max((float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True) if a.numel()), default=0.0)
     return worst / scale_of(wanted) if worst == worst else math.inf
 
 
 def check_identity(case: Case) -> None:
     """Ratio 0 changes nothing: outputs are the dense model's bit for bit, in eval and training mode."""
     dense, gated = case.dense(), case.untouched()
-    for number, (a, b) in enumerate(
-        zip(outputs(dense, case.inputs()), outputs(gated, case.inputs()), strict=True)
-    ):
+    for number, (a, b) in enumerate(zip(outputs(dense, case.inputs()), outputs(gated, case.inputs()), strict=True)):
         assert torch.equal(a, b), (
             f"{case.name}: at ratio 0, output {number} differs by "
             f"{float((a - b).abs().max()):.1e}{_first_changed(case)}"
@@ -85,9 +81,7 @@ def _first_changed(case: Case) -> str:
             )
         outputs(model, case.inputs())
         seen.append(values)
-    wrong = [
-        sites[path] for path in sites if path in seen[0] and not torch.equal(seen[0][path], seen[1][path])
-    ]
+    wrong = [sites[path] for path in sites if path in seen[0] and not torch.equal(seen[0][path], seen[1][path])]
     return f"; first changed at site {wrong[0]}" if wrong else ""
 
 
@@ -123,9 +117,7 @@ def check_exactly_k(case: Case) -> str:
         losers = torch.ones_like(g, dtype=torch.bool).scatter(1, active, False)
         least = g.gather(1, active).amin(1)
         best = g.masked_fill(~losers, -math.inf).amax(1)
-        assert bool((least >= best).all()), (
-            f"{where}: a suppressed channel has a larger saliency than a winner"
-        )
+        assert bool((least >= best).all()), f"{where}: a suppressed channel has a larger saliency than a winner"
         assert torch.equal(active, active_set(g, k)), f"{where}: a tie did not go to the lower index"
         differing += bool((active != active[:1]).any())
     assert differing or _nothing_to_choose(gated), (
@@ -154,14 +146,10 @@ def _nothing_to_choose(gated: GatedModel) -> bool:
 def _expected(case: Case, gated: GatedModel, site: str) -> int:
     """k as DESIGN defines it: ceil((1 − ratio)·C), rounded up to round_to, written anew."""
     ratio = (
-        gated.gate_config.__class__(ratio=case.ratio).ratio_for(site)
-        if isinstance(case.ratio, Mapping)
-        else case.ratio
+        gated.gate_config.__class__(ratio=case.ratio).ratio_for(site) if isinstance(case.ratio, Mapping) else case.ratio
     )
     channels = gated.gates[site].channels
-    k = max(
-        1, int(case.options.get("min_channels", 1)), math.ceil(round((1 - float(ratio or 0)) * channels, 9))
-    )
+    k = max(1, int(case.options.get("min_channels", 1)), math.ceil(round((1 - float(ratio or 0)) * channels, 9)))
     step = int(case.options.get("round_to", 1))
     return min(channels, math.ceil(k / step) * step)
 
@@ -188,21 +176,15 @@ def check_samples_independent(case: Case) -> None:
             alone = outputs(model, _pick(args, samples, [b]))
             where = f"{case.name}: sample {b} of the {what} model"
             for name, active in _chosen(model).items():
-                assert torch.equal(active[0], chosen[name][b]), (
-                    f"{where} chooses other channels alone, at site {name}"
-                )
+                assert torch.equal(active[0], chosen[name][b]), f"{where} chooses other channels alone, at site {name}"
             off = difference(alone, [v[b : b + 1] for v in whole])
-            assert off <= EXACT, (
-                f"{where} is off by {off:.1e} alone (site gains or indices leak between samples)"
-            )
+            assert off <= EXACT, f"{where} is off by {off:.1e} alone (site gains or indices leak between samples)"
         spoilt = _pick(args, samples, list(range(samples)))
         for a in spoilt:
             if isinstance(a, Tensor) and a.dim() and a.shape[0] == samples and a.is_floating_point():
                 a[1:] = math.nan
         off = difference([v[:1] for v in outputs(model, spoilt)], [v[:1] for v in whole])
-        assert off <= EXACT, (
-            f"{case.name}: NaN in batch-mates changes sample 0 of the {what} model ({off:.1e})"
-        )
+        assert off <= EXACT, f"{case.name}: NaN in batch-mates changes sample 0 of the {what} model ({off:.1e})"
 
 
 def _chosen(model: nn.Module) -> dict[str, Tensor]:

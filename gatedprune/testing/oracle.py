@@ -2,9 +2,10 @@
 contract 2.
 
 Removal is torch-pruning's, through `gatedprune.prune_static`. Where torch-pruning cannot prune the model, the
-dense model runs with the suppressed channels' columns zeroed in every layer that reads them, which is the
-same as removal as long as nothing else mixes channels. Either way the gain is put into the norm or layer that
-writes the site, found by watching tensors pass between modules, not by the graph that `find_sites` reads.
+dense model runs with the suppressed channels' columns zeroed in every layer that reads them and cut out of
+the norms that take statistics over channels: the same as removal as long as nothing else mixes channels.
+Either way the gain is put into the norm or layer that writes the site, found by watching tensors pass between
+modules, not by the graph that `find_sites` reads.
 """
 
 from __future__ import annotations
@@ -27,15 +28,13 @@ from .case import outputs
 
 __all__ = ["removed"]
 
+# Where a norm alone reads a layer, the gain is multiplied on the norm's output.
+_NORMS = ("batch_norm", "group_norm", "layer_norm", "rms_norm")
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_LIMIT_S = (
-    20.0  # torch-pruning never ends on some attention models, the smallest of them take it under 1 s else
-)
+_LIMIT_S = 20.0  # torch-pruning never ends on some attention models, the smallest of them take it under 1 s else
 
 
-def removed(
-    gated: GatedModel, args: tuple[Any, ...], sample: int, oracle: str = "auto"
-) -> tuple[nn.Module, str]:
+def removed(gated: GatedModel, args: tuple[Any, ...], sample: int, oracle: str = "auto") -> tuple[nn.Module, str]:
     """The dense model without the channels that ``sample`` of the last forward pass suppressed, gain
     included.
 
@@ -58,9 +57,7 @@ def removed(
                 pruned = prune_static(gated, keep=inner, example_inputs=args).model.eval()
         except (ModelError, ImportError, TimeoutError) as error:
             if oracle == "torch-pruning":
-                raise AssertionError(
-                    f"torch-pruning was asked for as the reference and failed: {error}"
-                ) from error
+                raise AssertionError(f"torch-pruning was asked for as the reference and failed: {error}") from error
             how = f"columns zeroed ({str(error).split('.')[0][:120]})"
         else:
             _apply(pruned, chosen, norms, narrowed=set(inner))
@@ -69,6 +66,7 @@ def removed(
         how = "columns zeroed"
     model = unwrap(copy.deepcopy(gated))
     _apply(model, chosen, norms, narrowed=set())
+    _cut_norms(model, chosen)
     return model, how
 
 
@@ -89,7 +87,7 @@ class _Choice:
 def _norms(gated: GatedModel, args: tuple[Any, ...]) -> dict[str, str]:
     """Path of a producer → path of the batch norm that reads the very tensor it wrote."""
     producers = {s.producers[0].path for s in gated.gated_sites}
-    norms = {e.path for s in gated.gated_sites for e in s.carriers if e.op == "batch_norm"}
+    norms = {e.path for s in gated.gated_sites for e in s.carriers if e.op in _NORMS}
     written: dict[int, tuple[str, Any]] = {}
     found: dict[str, str] = {}
     model = unwrap(copy.deepcopy(gated))
@@ -98,9 +96,7 @@ def _norms(gated: GatedModel, args: tuple[Any, ...]) -> dict[str, str]:
         return lambda module, x, y: written.__setitem__(id(y), (path, y))
 
     def reads(path: str) -> Any:
-        return lambda module, x: (
-            found.__setitem__(written[id(x[0])][0], path) if x and id(x[0]) in written else None
-        )
+        return lambda module, x: found.__setitem__(written[id(x[0])][0], path) if x and id(x[0]) in written else None
 
     for path in producers:
         model.get_submodule(path).register_forward_hook(wrote(path))
@@ -138,9 +134,7 @@ def _gain_edges(site: Site, norms: dict[str, str]) -> list[Edge]:
     A layer that writes queries, keys and values would put the gain into their product more than once.
     """
     producer = site.producers[0]
-    readers = [
-        e for e in site.consumers if any(at.path == e.path and at.side == "input" for at in site.gain_at)
-    ]
+    readers = [e for e in site.consumers if any(at.path == e.path and at.side == "input" for at in site.gain_at)]
     if len(readers) == len(site.gain_at):
         return readers
     # A norm may read a tensor that the residual stream takes as it is: there the layer itself is scaled.
@@ -149,9 +143,45 @@ def _gain_edges(site: Site, norms: dict[str, str]) -> list[Edge]:
     return [next((e for e in site.carriers if e.path == norms.get(producer.path)), producer)]
 
 
+def _cut_norms(model: nn.Module, chosen: dict[str, _Choice]) -> None:
+    """Norms that take statistics over several channels are really narrowed: zeros would count as channels."""
+    alive: dict[str, Tensor] = {}
+    for choice in chosen.values():
+        for edge in choice.site.carriers:
+            if edge.op in _NORMS and edge.op != "batch_norm":
+                stays = choice.alive[edge.units.cpu()]
+                alive[edge.path] = alive.get(edge.path, torch.ones_like(stays)) & stays
+    for path, stays in alive.items():
+        model.set_submodule(path, _CutNorm(model.get_submodule(path), stays))
+
+
+class _CutNorm(nn.Module):
+    """A norm without the channels that do not stay; in their places it returns zeros."""
+
+    def __init__(self, norm: nn.Module, stays: Tensor) -> None:
+        super().__init__()
+        self.norm, self.channels, self.kept = norm, len(stays), stays.nonzero()[:, 0]
+        for name in ("weight", "bias"):
+            value = getattr(norm, name, None)
+            if isinstance(value, nn.Parameter):
+                setattr(norm, name, nn.Parameter(value.detach()[self.kept.to(value.device)]))
+        if isinstance(norm, nn.GroupNorm):
+            norm.num_groups = max(1, norm.num_groups * len(self.kept) // self.channels)
+            norm.num_channels = len(self.kept)
+        else:
+            norm.normalized_shape = (len(self.kept),)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = x.dim() == 4 and x.shape[1] == self.channels and type(self.norm) is not nn.LayerNorm
+        dim = 1 if maps or isinstance(self.norm, nn.GroupNorm) else x.dim() - 1
+        kept = self.kept.to(x.device)
+        y = self.norm(x.index_select(dim, kept))
+        return y.new_zeros(x.shape).index_copy(dim, kept, y)
+
+
 def _scale(module: nn.Module, edge: Edge, factor: Tensor) -> None:
     """Multiply the channels that a layer writes (``edge.dim`` 0) or reads (1), best in its parameters."""
-    if type(module) in _PLAIN or edge.op == "batch_norm":
+    if type(module) in _PLAIN or edge.op in _NORMS:
         with torch.no_grad():
             for tensor in (module.weight, module.bias) if edge.dim == 0 else (module.weight,):
                 if isinstance(tensor, Tensor):

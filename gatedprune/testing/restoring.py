@@ -52,14 +52,10 @@ def check_state_dicts(case: Case) -> None:
 
     other = case.untouched()
     other.set_ratio(case.ratio)
-    other.load_state_dict(
-        donor.state_dict(), strict=True
-    )  # so that what is loaded next has something to replace
+    other.load_state_dict(donor.state_dict(), strict=True)  # so that what is loaded next has something to replace
     other.load_state_dict(source.state_dict(), strict=True)
     for a, b in zip(outputs(other, args), outputs(source, args), strict=True):
-        assert torch.equal(a, b), (
-            f"{case.name}: the gated model that loaded a gated checkpoint computes something else"
-        )
+        assert torch.equal(a, b), f"{case.name}: the gated model that loaded a gated checkpoint computes something else"
     for name, gate in other.gates.items():
         for key, tensor in source.gates[name].state_dict().items():
             assert torch.equal(gate.state_dict()[key], tensor), (

@@ -15,9 +15,7 @@ class Snapshot:
     """The modules of a model: their classes, attributes, hooks and tensors."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = {
-            path: (type(m), m, _attributes(m)) for path, m in model.named_modules(remove_duplicate=False)
-        }
+        self.modules = {path: (type(m), m, _attributes(m)) for path, m in model.named_modules(remove_duplicate=False)}
         self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
         self.gradients = {name: p.requires_grad for name, p in model.named_parameters()}
 
@@ -39,9 +37,7 @@ class Snapshot:
         if list(state) != list(self.state):
             found.append(f"state-dict keys differ: {sorted(state.keys() ^ self.state.keys())[:5]}")
         found += [
-            f"tensor {key} changed"
-            for key in self.state
-            if key in state and not _same(self.state[key], state[key])
+            f"tensor {key} changed" for key in self.state if key in state and not _same(self.state[key], state[key])
         ]
         found += [
             f"requires_grad of {n} changed"

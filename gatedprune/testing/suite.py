@@ -72,9 +72,7 @@ def check_model(
         except AssertionError as error:
             failures.append(f"{name}: {error}")
     if failures:
-        raise AssertionError(
-            f"{len(failures)} of {len(failures) + len(notes)} checks failed:\n" + "\n".join(failures)
-        )
+        raise AssertionError(f"{len(failures)} of {len(failures) + len(notes)} checks failed:\n" + "\n".join(failures))
     return notes
 
 

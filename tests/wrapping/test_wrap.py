@@ -97,9 +97,7 @@ def test_a_mapping_gates_what_it_names(small: Small) -> None:
 )
 def test_a_pattern_that_fits_nothing_is_refused(small: Small, options: dict, pattern: str) -> None:
     before = Snapshot(small)
-    with pytest.raises(
-        ConfigError, match=rf"pattern '{pattern}' of wrap\(\) fits no site. Sites: first, second"
-    ):
+    with pytest.raises(ConfigError, match=rf"pattern '{pattern}' of wrap\(\) fits no site. Sites: first, second"):
         wrap(small, example_inputs=IMAGES, **options)
     assert before.differences(small) == []
 
@@ -127,9 +125,7 @@ def test_leaving_nothing_is_refused(small: Small) -> None:
 def test_a_model_without_sites_is_told_why() -> None:
     model = Pointwise()
     before = Snapshot(model)
-    with pytest.raises(
-        ModelError, match=r"(?s)Nothing in Pointwise can be gated:.*only.*leave the model as an output"
-    ):
+    with pytest.raises(ModelError, match=r"(?s)Nothing in Pointwise can be gated:.*only.*leave the model as an output"):
         wrap(model, example_inputs=IMAGES)
     assert before.differences(model) == []
 
@@ -161,9 +157,7 @@ def test_inputs_that_do_not_fit_and_models_that_cannot_be_traced() -> None:
     for model in (Small(), Branching()):
         before = Snapshot(model)
         inputs = torch.zeros(2, 5, 8, 8) if isinstance(model, Small) else IMAGES
-        with pytest.raises(
-            ModelError, match=rf"{type(model).__name__} could not be traced.*Give `example_inputs`"
-        ):
+        with pytest.raises(ModelError, match=rf"{type(model).__name__} could not be traced.*Give `example_inputs`"):
             wrap(model, example_inputs=inputs)
         assert before.differences(model) == []
 
@@ -185,9 +179,7 @@ def test_a_name_that_is_taken_is_refused(small: Small) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    "stage", ["find_sites", "magnitude_importance", "attach 1", "attach 2", "_gated_class"]
-)
+@pytest.mark.parametrize("stage", ["find_sites", "magnitude_importance", "attach 1", "attach 2", "_gated_class"])
 def test_a_failure_at_any_stage_leaves_the_model_untouched(
     small: Small, monkeypatch: pytest.MonkeyPatch, stage: str, training: bool
 ) -> None:
@@ -231,17 +223,13 @@ def test_unwrap_restores_the_object(small: Small, training: bool) -> None:
 
 
 def test_unwrap_takes_gated_models_only(small: Small) -> None:
-    with pytest.raises(
-        ModelError, match=r"unwrap\(\) takes a model that wrap\(\) returned. Small is not gated"
-    ):
+    with pytest.raises(ModelError, match=r"unwrap\(\) takes a model that wrap\(\) returned. Small is not gated"):
         unwrap(small)
 
 
 def test_other_inputs_than_it_was_wrapped_for(small: Small) -> None:
     gated = wrap(small, example_inputs=IMAGES)
-    with pytest.raises(
-        DataError, match=r"gate of site 'first' expects 3 channels in dimension 1.*\(2, 5, 8, 8\)"
-    ):
+    with pytest.raises(DataError, match=r"gate of site 'first' expects 3 channels in dimension 1.*\(2, 5, 8, 8\)"):
         gated(torch.zeros(2, 5, 8, 8))
 
 
