@@ -1,0 +1,126 @@
+"""`python -m gatedprune.sweep`: all of timm, one model at a time."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import click
+import timm
+import torch
+import torch._dynamo  # noqa: F401  what tracing needs, imported once for all the processes to come
+
+from .catalogue import Entry, catalogue, smallest
+from .jobs import architecture_job, family_job
+from .page import families_page
+from .runner import Job, Record, Table, run_all
+
+DATA = Path("docs/data")
+PAGE = Path("docs/families.md")
+
+
+class _Shard(click.ParamType):
+    name = "I/N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        index, _, count = str(value).partition("/")
+        if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+            self.fail(f"{value!r} is no shard such as 0/4: number (from 0) and how many there are", param, ctx)
+        return int(index), int(count)
+
+
+@click.group()
+def main() -> None:
+    """Run the library over all of timm, and make docs/families.md of what came out.
+
+    From the root of the checkout:
+
+    \b
+      python -m gatedprune.sweep families                      smallest model of each family, contract suite
+      python -m gatedprune.sweep architectures --shard 0/2     find_sites on every architecture, every other one
+      python -m gatedprune.sweep page                          docs/families.md from the tables
+
+    A sweep goes on where it was stopped. Rows are JSON lines in docs/data.
+    """
+
+
+def _options(limit: float) -> Callable[[Any], Any]:
+    def add(command: Any) -> Any:
+        for option in (
+            click.option("--data", type=click.Path(path_type=Path), default=DATA, show_default=True, help="Folder of the tables."),
+            click.option("--seconds", default=limit, show_default=True, help="Time limit for each model."),
+            click.option("--shard", type=_Shard(), default="0/1", show_default=True, help="Run every N-th model, from the I-th."),
+            click.option("--only", default="*", show_default=True, help="Models or families whose name fits this pattern."),
+            click.option("--again", is_flag=True, help="Run also what has a row already."),
+            click.option("--failed", is_flag=True, help="Run again what failed or ran out of time."),
+        ):  # fmt: skip
+            command = option(command)
+        return command
+
+    return add
+
+
+@main.command()
+@_options(120.0)
+def families(**options: Any) -> None:
+    """The contract suite on the smallest model of each family."""
+    _sweep("families", family_job, smallest, **options)
+
+
+@main.command()
+@_options(120.0)
+def architectures(**options: Any) -> None:
+    """`find_sites` on every architecture."""
+    _sweep("architectures", architecture_job, list, **options)
+
+
+@main.command()
+@click.option("--data", type=click.Path(path_type=Path, exists=True), default=DATA, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=PAGE, show_default=True)
+def page(data: Path, out: Path) -> None:
+    """Sort the tables and write docs/families.md."""
+    for name in ("families", "architectures"):
+        if (data / f"{name}.jsonl").exists():
+            Table(data / f"{name}.jsonl").tidy()
+    out.write_text(families_page(data), encoding="utf-8")
+    click.echo(f"wrote {out}")
+
+
+def _sweep(name: str, job: Job, choose: Callable[[list[Entry]], list[Entry]], *, data: Path, seconds: float,
+           shard: tuple[int, int], only: str, again: bool, failed: bool) -> None:  # fmt: skip
+    data.mkdir(parents=True, exist_ok=True)
+    table = Table(data / f"{name}.jsonl")
+    chosen = [
+        e for e in choose(catalogue(data / "timm.json")) if fnmatchcase(e.model, only) or fnmatchcase(e.family, only)
+    ]
+    chosen = chosen[shard[0] :: shard[1]]
+    if failed:
+        rows, again = table.rows(), True
+        chosen = [e for e in chosen if e.model in rows and not _succeeded(rows[e.model])]
+    count = run_all(job, chosen, table, seconds=seconds, facts=_versions(), again=again, report=_say)
+    click.echo(f"{count} run, {len(chosen) - count} of {len(chosen)} were done before; rows in {table.path}")
+
+
+def _succeeded(row: Record) -> bool:
+    checks = row.get("checks", {}).values()
+    return "error" not in row and all(c["outcome"] in ("pass", "left out") for c in checks)
+
+
+def _say(row: Record) -> None:
+    checks = row.get("checks", {})
+    bad = [f"{name} {check['outcome']}" for name, check in checks.items() if check["outcome"] in ("fail", "no time")]
+    parts = [f"{row['family']:24} {row['model']:40}", f"{row.get('sites', '–'):>4} sites", f"{row['seconds']:6.1f} s"]
+    click.echo("  ".join([*parts, row.get("error", "")[:200], ", ".join(bad)]).rstrip())
+
+
+def _versions() -> Record:
+    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=Path(__file__).parent,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    return {"commit": done.stdout.strip() or "unknown", "timm": timm.__version__, "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Which models there are: timm's architectures, their families (modules) and their sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LARGEST_INPUT", "Entry", "build", "catalogue", "images_for", "smallest"]
+
+LARGEST_INPUT = 256  # pixels: larger images show nothing else, and take long
+_SIZES = (256, 224, 252)  # tried in this order where a model is configured for more; 252 = 18 · 14
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An architecture: its timm name, family (timm module) and number of parameters."""
+
+    model: str
+    family: str
+    parameters: int
+
+
+def build(name: str, device: str = "meta", **options: Any) -> nn.Module:
+    """A timm model without pretrained weights, in eval mode."""
+    with torch.device(device):
+        return timm.create_model(name, pretrained=False, **options).eval()
+
+
+def catalogue(cache: Path) -> list[Entry]:
+    """Every architecture of the installed timm, smallest first.
+
+    Args:
+        cache: A JSON file with the parameter counts; made anew (4 minutes) where it is missing or of another timm.
+    """
+    known: dict[str, Any] = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
+    if known.get("timm") != timm.__version__:
+        models = {
+            name: [module, sum(p.numel() for p in build(name).parameters())]
+            for module in timm.list_modules()
+            for name in timm.list_models(module=module)
+        }
+        known = {"timm": timm.__version__, "models": models}
+        scratch = cache.with_suffix(".part")
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in sorted(models.items()))
+        scratch.write_text(f'{{"timm": "{timm.__version__}", "models": {{\n{lines}\n}}}}\n', encoding="utf-8")
+        os.replace(scratch, cache)
+    entries = [Entry(name, module, count) for name, (module, count) in known["models"].items()]
+    return sorted(entries, key=lambda e: (e.parameters, e.model))
+
+
+def smallest(entries: list[Entry]) -> list[Entry]:
+    """The smallest model of each family, smallest first."""
+    first: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda e: (e.parameters, e.model)):
+        first.setdefault(entry.family, entry)
+    return list(first.values())
+
+
+def images_for(name: str) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """Options and image shape (C, H, W) to build and run a model with: at most `LARGEST_INPUT` pixels where it can.
+
+    Tried on the meta device: as it is, then with timm's ``img_size``; a model that takes neither keeps its size.
+    """
+    model = build(name)
+    configured: tuple[int, int, int] = tuple(model.pretrained_cfg["input_size"])  # type: ignore[arg-type, index, assignment]
+    if max(configured[1:]) <= LARGEST_INPUT:
+        return {}, configured
+    for size in _SIZES:
+        shape = (configured[0], size, size)
+        for options in ({}, {"img_size": size}):
+            if _runs(name, options, torch.zeros(2, *shape, device="meta")):
+                return options, shape
+    return {}, configured
+
+
+def _runs(name: str, options: dict[str, Any], images: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            build(name, **options)(images)
+    except Exception:  # noqa: BLE001  whatever a model says of a size that it does not take
+        return False
+    return True

@@ -1,0 +1,97 @@
+"""What a sweep does with one model: the contract suite, or site discovery alone."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from ..sites import SiteReport, find_sites
+from ..testing import CHECKS, Case
+from .catalogue import Entry, build, images_for
+from .runner import Record, Tell
+
+__all__ = ["LARGE_MACS", "LEFT_OUT", "architecture_job", "family_job"]
+
+# Dense MACs per sample above which checks that run in float64 or train are left out: minutes each on two cores.
+LARGE_MACS = 1_500_000_000
+LEFT_OUT = ("compact_float64", "training_steps")
+# Most telling first: what the time limit cuts off should be the least.
+_ORDER = (
+    "identity", "gates_see_channels", "exactly_k", "compact_float32", "samples_independent", "macs_fall", "deterministic",
+    "state_dicts", "static", "gradients", "unwrap", "compact_float64", "training_steps",
+)  # fmt: skip
+
+
+def architecture_job(entry: Entry, tell: Tell) -> None:
+    """`find_sites` on the meta device; on real zeros where a model cannot be traced there."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    options, shape = images_for(entry.model)
+    tell({"input": shape[-1]})
+    try:
+        report, device = find_sites(build(entry.model, **options), torch.zeros(2, *shape, device="meta")), "meta"
+    except Exception:  # noqa: BLE001  tried again for real; what is wrong then is told
+        report, device = find_sites(build(entry.model, "cpu", **options), torch.zeros(2, *shape)), "cpu"
+    tell({**describe(report), "device": device})
+
+
+def family_job(entry: Entry, tell: Tell) -> None:
+    """The contract suite at ratio 0.5, each check's outcome told as soon as it is known."""
+    warnings.simplefilter("ignore")
+    options, shape = images_for(entry.model)
+    tell({"input": shape[-1]})
+    report = find_sites(build(entry.model, **options), torch.zeros(2, *shape, device="meta"))
+    tell(describe(report))
+    if not len(report):
+        return
+    large = report.macs > LARGE_MACS
+    case = Case(lambda: build(entry.model, "cpu", **options), size=shape[-1], name=entry.model,
+                oracle="columns" if large else "auto")  # fmt: skip
+    chosen = [name for name in _ORDER if name in CHECKS] + [name for name in CHECKS if name not in _ORDER]
+    outcomes: dict[str, Record] = {
+        name: {"outcome": "left out" if large and name in LEFT_OUT else "no time"} for name in chosen
+    }
+    for name in chosen:
+        tell({"checks": outcomes})
+        if outcomes[name]["outcome"] != "left out":
+            outcomes[name] = _checked(name, case)
+    tell({"checks": outcomes})
+
+
+def _checked(name: str, case: Case) -> Record:
+    begun = time.monotonic()
+    try:
+        outcome, note = "pass", CHECKS[name](case) or ""
+    except Exception as error:  # noqa: BLE001  a model on which a check breaks has failed it
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        outcome, note = "fail", kind + str(error)
+    return {"outcome": outcome, "note": note[:400], "seconds": round(time.monotonic() - begun, 1)}
+
+
+def describe(report: SiteReport) -> Record:
+    """What a table says of a model's sites."""
+    total = max(report.macs, 1)
+    convolutions = sum(layer.macs for layer in report.layers if layer.op.startswith("conv"))
+    rest: dict[str, int] = defaultdict(int)
+    for layer in report.layers:
+        if not layer.writes and not layer.reads:
+            rest[_reason(report, layer.path)] += layer.macs
+    heaviest = sorted(rest.items(), key=lambda item: -item[1])[:3]
+    return {
+        "macs": report.macs,
+        "sites": len(report),
+        "share": round(report.macs_in_sites / total, 4),
+        "left": round(report.macs_left(0.5) / total, 4),
+        "convolutions": round(convolutions / total, 4),
+        "untouched": {reason: round(macs / total, 4) for reason, macs in heaviest},
+    }
+
+
+def _reason(report: SiteReport, path: str) -> Any:
+    return report.skipped.get(
+        path, "it writes nothing that could be narrowed" if path else "in the model's own forward()"
+    )
