@@ -15,6 +15,7 @@ __all__ = [
     "active_set",
     "channel_gain",
     "indexed_conv2d",
+    "masked_norm",
     "per_row",
     "saliency",
     "scale_channels",
@@ -111,6 +112,40 @@ def scale_channels(x: Tensor, gain: Tensor, channel_dim: int) -> Tensor:
     view = [1] * x.dim()
     view[0], view[channel_dim] = x.shape[0], gain.shape[1]
     return x * per_row(gain, x.shape[0]).to(x.dtype).view(view)
+
+
+def masked_norm(
+    x: Tensor,
+    mask: Tensor,
+    channel_dim: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    spatial: bool = False,
+    centred: bool = True,
+) -> Tensor:
+    """Layer norm (over channels) with the statistics of the active channels only: the others do not exist.
+
+    Args:
+        x: (B, …, C, …), the channels along ``channel_dim``. mask: (B, C), one where active.
+        weight, bias: (C,) or None.
+        spatial: Statistics over channels and places together (a group norm of one group), not at each place.
+        centred: False for an RMS norm.
+
+    Returns:
+        Of x's shape; what stands at suppressed channels means nothing.
+    """
+    view = [1] * x.dim()
+    view[channel_dim] = x.shape[channel_dim]
+    keep = per_row(mask, x.shape[0]).to(x.dtype).view(x.shape[0], *view[1:])
+    dims = list(range(1, x.dim())) if spatial else [channel_dim % x.dim()]
+    places = x[0].numel() // x.shape[channel_dim] if spatial else 1
+    count = keep.sum(dims, keepdim=True) * places
+    y = x - (x * keep).sum(dims, keepdim=True) / count if centred else x
+    y = y * ((y.square() * keep).sum(dims, keepdim=True) / count + eps).rsqrt()
+    y = y if weight is None else y * weight.view(view)
+    return y if bias is None else y + bias.view(view)
 
 
 def indexed_conv2d(

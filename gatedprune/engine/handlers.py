@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from ..sites import operators
+from ..sites import norm_options, operators
 from . import narrow
 from .layout import Layout
 
@@ -110,8 +110,16 @@ def _keeps_dims(node: fx.Node, layout: Layout, rank: int) -> bool:
 
 
 def _layer_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
-    """A norm inside each head: it does not see which heads there are."""
+    """A norm over the active channels; or inside each head, where it does not see which heads there are."""
     layout = _same(low, node, held[0])
+    if layout is not None and held == [node.args[0]] and layout.dim == len(low.flow.shape(node)) - 1:
+        weight, bias, eps, _, centred = norm_options(node)
+        if len(node.args[1]) > 1 or not (low.constants.holds(weight) and low.constants.holds(bias)):  # type: ignore[arg-type]
+            return None
+        affine = [None if v is None else low.constants.value(v).clone() for v in (weight, bias)]
+        module = narrow.NarrowLayerNorm(affine[0], affine[1], eps, centred)
+        low.state[node] = layout
+        return low.module(low.name(node), module, (low.env[held[0]], low.index(layout)))
     if layout is None or held != [node.args[0]] or layout.dim >= len(low.flow.shape(node)) - len(node.args[1]):  # type: ignore[arg-type]
         return None
     low.state[node] = layout
@@ -194,7 +202,7 @@ def _last_use(low: Lowering, value: fx.Node, user: fx.Node) -> bool:
     group, todo = {value}, [value]
     while todo:
         node = todo.pop()
-        if node.op != "call_function":
+        if node.op != "call_function" or operators.op_name(node.target) in ("expand", "expand_as", "broadcast_to"):
             return False
         related = [a for a in node.all_input_nodes if _aliases(node, a)] + [u for u in node.users if _aliases(u, node)]
         for other in related:

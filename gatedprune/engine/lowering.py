@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..functional import scale_channels
 from ..gates import Gate
-from ..sites import Analysis, SiteNodes, operators
+from ..sites import Analysis, SiteNodes, norm_options, operators
 from . import narrow
 from .constants import Constants
 from .handlers import handler_of
@@ -166,7 +166,24 @@ class Lowering:
             out = handler(self, node, held) if handler is not None else None
             if out is not None:
                 return self._apply_gain(node, out)
-        return self._apply_gain(node, self._as_captured(node))
+        norm = self._masked_norm(node)
+        return self._apply_gain(node, self._as_captured(node) if norm is None else norm)
+
+    def _masked_norm(self, node: fx.Node) -> fx.Node | None:
+        """A layer norm over a site that is held in full: its statistics are the active channels' all the same."""
+        if not any(use.node is node for use in self.flow.norms):
+            return None
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        layout = self.layouts.of(source)
+        if layout is None:
+            return None
+        weight, bias, eps, spatial, centred = norm_options(node)
+        affine = [None if v is None else self.constants.value(v).clone() for v in (weight, bias)]
+        module = narrow.MaskedNorm(affine[0], affine[1], layout.dim, eps=eps, spatial=spatial, centred=centred)
+        sites = [self.names[s] for s in self.layouts.sites_in(layout)]
+        mask = self._gain(layout, sites, active_only=False, ones=True)
+        return self.module(self.name(node), module, (self.full(source), mask))
 
     def _as_captured(self, node: fx.Node) -> fx.Node:
         values = {a: self.full(a) for a in node.all_input_nodes}
@@ -217,6 +234,8 @@ class Lowering:
         if out_layout is not None and (not self.layouts.regular(out_layout) or not self._ready(out_layout)):
             out_layout = None
         in_layout = self.state.get(x)
+        if in_layout is not None and name == "linear" and in_layout.dim != len(self.flow.shape(x)) - 1:
+            return self._over_places(node, in_layout, _plain(name, weight, bias, {}))
         if grouped and (in_layout is None or out_layout is None):
             out_layout = None  # groups are narrow on both sides or on neither
         value = self.env[x] if in_layout is not None and not (grouped and out_layout is None) else self.full(x)
@@ -236,6 +255,13 @@ class Lowering:
         in_index = self.index(in_layout) if in_layout is not None and not grouped else None
         out_index = self.index(out_layout) if out_layout is not None else None
         return self._apply_gain(node, self.module(self.name(node), module, (value, in_index, out_index, weight_gain)))
+
+    def _over_places(self, node: fx.Node, layout: Layout, module: nn.Module) -> fx.Node:
+        """A linear layer over places: it runs on the active channels as it is."""
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        self.state[node] = layout
+        return self._apply_gain(node, self.module(self.name(node), module, (self.env[x],)))
 
     def _ready(self, layout: Layout) -> bool:
         return all(self.names[s] in self.selected for s in self.layouts.sites_in(layout))

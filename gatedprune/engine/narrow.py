@@ -7,12 +7,13 @@ winners are gathered per sample and an ordinary convolution or linear layer runs
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import channel_gain, per_row, subsample
+from ..functional import channel_gain, masked_norm, per_row, subsample
 from ..gates import Gate
 
 __all__ = [
@@ -167,8 +168,16 @@ class NarrowLinear(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
 
 
-def gather_rows(weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None, gain: Tensor | None,
-                b: int, *, grouped: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def gather_rows(
+    weight: Tensor,
+    bias: Tensor | None,
+    in_index: Tensor | None,
+    out_index: Tensor | None,
+    gain: Tensor | None,
+    b: int,
+    *,
+    grouped: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of sample ``b``: the winners' rows, the active columns, the gain multiplied in."""
     if out_index is not None:
         weight = weight.index_select(0, out_index[b])
@@ -211,13 +220,52 @@ class NarrowGroupNorm(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        y = F.group_norm(x, x.shape[1] // self.size, eps=self.eps)
+        # One group of all channels: its statistics are the active ones'.
+        y = F.group_norm(x, max(1, x.shape[1] // self.size), eps=self.eps)
         view = (x.shape[0], x.shape[1], *[1] * (x.dim() - 2))
         if self.weight is not None:
             y.mul_(per_row(self.weight[index], x.shape[0]).view(view))
         if self.bias is not None:
             y.add_(per_row(self.bias[index], x.shape[0]).view(view))
         return y
+
+
+class NarrowLayerNorm(nn.Module):
+    """A layer or RMS norm over the last dimension, with the statistics of the active channels; weight, bias: (C,)."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool) -> None:
+        super().__init__()
+        self.eps, self.centred = eps, centred
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) if self.centred else F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        view = (x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
+        if self.weight is not None:
+            y = y * per_row(self.weight[index], x.shape[0]).view(view)
+        if self.bias is not None:
+            y = y + per_row(self.bias[index], x.shape[0]).view(view)
+        return y
+
+
+class MaskedNorm(nn.Module):
+    """The same on a full tensor, where it could not be kept narrow."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, dim: int, **options: Any) -> None:
+        super().__init__()
+        self.dim, self.options = dim, options
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return masked_norm(x, mask, self.dim, self.weight, self.bias, **self.options)
 
 
 class Widen(nn.Module):

@@ -6,13 +6,15 @@ borders to attach to, `discovery` puts sites together and `site` describes them.
 
 from .capture import GATING_STATE, capture, evaluating, normalise_inputs, suspended, two_samples
 from .discovery import Analysis, SiteNodes, analyse, find_sites
-from .site import Attach, Edge, Layer, Site, SiteReport
+from .norms import norm_options
+from .site import Attach, Edge, Layer, NormAt, Site, SiteReport
 
 __all__ = [
     "GATING_STATE",
     "Analysis",
     "Attach",
     "Edge",
+    "NormAt",
     "Layer",
     "Site",
     "SiteNodes",
@@ -21,6 +23,7 @@ __all__ = [
     "capture",
     "evaluating",
     "find_sites",
+    "norm_options",
     "normalise_inputs",
     "suspended",
     "two_samples",

@@ -16,7 +16,8 @@ from .capture import capture, normalise_inputs, two_samples
 from .costs import layer_costs
 from .flow import Flow, trace_flow
 from .labels import Const, Use, compress
-from .site import Attach, Edge, Site, SiteReport, identity_units
+from .norms import NORMS, norm_at, past_movement
+from .site import Attach, Edge, NormAt, Site, SiteReport, identity_units
 
 __all__ = ["Analysis", "SiteNodes", "analyse", "find_sites"]
 
@@ -130,7 +131,7 @@ class _Discovery:
         """
         out: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         flow = self.flow
-        for kind, uses in enumerate((flow.producers, flow.carriers, flow.consumers, flow.mixers)):
+        for kind, uses in enumerate((flow.producers, flow.carriers, flow.consumers, flow.mixers, flow.norms)):
             for i, use in enumerate(uses):
                 roots, counts = np.unique(flow.units.find(use.labels), return_counts=True)
                 for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
@@ -228,6 +229,7 @@ class _Discovery:
             masks=masks,
             macs=macs,
             share=macs / self.total if self.total else 0.0,
+            norms=self._norms(roots),
         )
         return SiteNodes(site, roots, node, gate_input, gain, unsafe)
 
@@ -255,8 +257,20 @@ class _Discovery:
                 return path, value, varying[0]
         raise _Skip("its input cannot be seen at the border of a module that runs once on one value")
 
+    def _norms(self, roots: np.ndarray) -> tuple[NormAt, ...]:
+        """The layer norms over the site's channels; they must be all of the norm's."""
+        out = []
+        for use, units in self._uses(self.flow.norms, roots):
+            if (units < 0).any():
+                raise _Skip("it shares the statistics of a norm with other channels")
+            place = norm_at(self.flow, self.boundaries, use.node, lambda value: self._layout(value, roots))
+            if isinstance(place, str):
+                raise _Skip(place)
+            out.append(place)
+        return tuple(out)
+
     def _gain_node(self, producer: fx.Node, consumers: list[tuple[Use, np.ndarray]], heads: bool) -> fx.Node:
-        """The norm's output where a norm alone reads the producer; the heads' output in attention; else the producer's."""
+        """The norm's output where a norm alone reads the producer; attention's output; else the producer's."""
         if heads:
             values = {use.node.args[0] for use, _ in consumers}
             if len(values) != 1:
@@ -265,8 +279,10 @@ class _Discovery:
             assert isinstance(value, fx.Node)
             return value
         users = list(producer.users)
-        if len(users) == 1 and operators.op_name(users[0].target) in ("batch_norm", "group_norm"):
-            return users[0]
+        while len(users) == 1 and operators.op_name(users[0].target) in operators.MOVEMENT:
+            users = list(users[0].users)
+        if len(users) == 1 and operators.op_name(users[0].target) in NORMS:
+            return past_movement(users[0], self.boundaries)
         return producer
 
     def _attach(self, value: fx.Node, roots: np.ndarray) -> tuple[Attach, ...] | None:
@@ -342,6 +358,6 @@ class _Discovery:
             return all(known)
         if name in ("cat", "stack", "getitem", "pad"):
             return all(known)
-        if name.startswith("conv"):
-            return all(known) and (len(node.args) < 3 or node.args[2] is None)  # depthwise or grouped, without bias
+        if name.startswith("conv") or name == "linear":
+            return all(known) and (len(node.args) < 3 or node.args[2] is None)  # carried, without bias
         return False

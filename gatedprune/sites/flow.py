@@ -23,7 +23,8 @@ class Flow:
     """What `trace_flow` found.
 
     ``values`` maps each tensor node to its labels, to `Const`, or to a plain value. ``macs`` holds the dense MACs per
-    sample of layers and of products of two activations; ``mixers`` are those products that work on attention heads.
+    sample of layers and of products of two activations; ``mixers`` are those products that work on attention heads;
+    ``norms`` take their statistics over all channels of a site.
     """
 
     graph_module: fx.GraphModule
@@ -35,6 +36,7 @@ class Flow:
     joins: list[Join] = field(default_factory=list)
     macs: dict[fx.Node, int] = field(default_factory=dict)
     mixers: list[Use] = field(default_factory=list)
+    norms: list[Use] = field(default_factory=list)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The concrete shape of a tensor node for the example inputs."""

@@ -245,7 +245,7 @@ def _group_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """Channels of a group share their statistics: whole groups are suppressed, and the others do not notice."""
     x, groups = args[0], args[1]
     if groups < 2:
-        return NotImplemented  # one set of statistics over all channels
+        return _norm_over_site(flow, node, x, 1)
     labels = flow.units.along(x, 1).reshape(groups, -1)
     flow.units.union(np.broadcast_to(labels[:, :1], labels.shape), labels)
     labels = flow.units.find(labels.ravel())
@@ -286,6 +286,8 @@ def _linear(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         return NotImplemented
     shape = flow.shape(node)
     flow.macs[node] = math.prod(shape) * weight.shape[1] // flow.batch
+    if _over_places(flow, x):
+        return rebroadcast(x).narrow(-1, 0, 1).expand(shape)
     flow.consume(node, flow.units.along(x, -1))
     return flow.spread(flow.produce(node, weight.shape[0]), len(shape) - 1, shape)
 
@@ -293,7 +295,19 @@ def _linear(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 def _layer_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """Normalised over its last dimensions: what is normalised together within a head or a group goes together."""
     x, shape = args[0], args[1]
-    return x if _settle(flow, x, tuple(range(x.dim() - len(shape), x.dim()))) else NotImplemented
+    if _settle(flow, x, tuple(range(x.dim() - len(shape), x.dim()))):
+        return x
+    if len(shape) == 1 and flow.units.varying(x).shape[-1] == x.shape[-1]:
+        return _norm_over_site(flow, node, x, -1)
+    return NotImplemented
+
+
+def _norm_over_site(flow: Flow, node: fx.Node, x: Tensor, dim: int) -> Tensor:
+    """One set of statistics over all channels: of those that are active, if they all belong to one site."""
+    labels = flow.units.along(x, dim)
+    flow.carry(node, labels)
+    flow.norms.append(Use(node, labels))
+    return flow.spread(labels, dim % x.dim(), flow.shape(node))
 
 
 def _attend(flow: Flow, a: Tensor, b: Tensor) -> Tensor | None:
@@ -379,6 +393,20 @@ def _single_head(flow: Flow, q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, 
 def _nothing(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """An assertion: it has no result."""
     return None
+
+
+def _over_places(flow: Flow, x: Tensor) -> bool:
+    """Whether a linear layer mixes places (tokens) of channels that a layer has written and nobody has added yet.
+
+    Those channels pass through it. Where it mixes the places of the residual stream, its own hidden units count.
+    """
+    roots = flow.units.varying(x)
+    if roots.shape[-1] > 1 or roots.size == 1:
+        return False
+    here = set(roots.ravel().tolist())
+    return any(not here.isdisjoint(flow.units.find(use.labels).tolist()) for use in flow.producers) and not any(
+        not here.isdisjoint(flow.units.find(join.labels).tolist()) for join in flow.joins
+    )
 
 
 def _getitem(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:

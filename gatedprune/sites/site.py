@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import GateConfig
 
-__all__ = ["Attach", "Edge", "Layer", "Site", "SiteReport"]
+__all__ = ["Attach", "Edge", "Layer", "NormAt", "Site", "SiteReport"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,25 @@ class Attach:
 
 
 @dataclass(frozen=True, eq=False)
+class NormAt:
+    """A layer norm over all channels of a site, to be computed over the active ones only.
+
+    Attributes:
+        source: Where its input can be seen. outputs: where its output can be replaced.
+        weight, bias: Names of its parameters in the model, or None.
+        eps: Its ε. spatial: statistics over channels and places together. centred: False for an RMS norm.
+    """
+
+    source: Attach
+    outputs: tuple[Attach, ...]
+    weight: str | None
+    bias: str | None
+    eps: float
+    spatial: bool
+    centred: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Site:
     """A channel dimension of ``channels`` channels that may be narrowed, with everything coupled to it.
 
@@ -54,7 +73,8 @@ class Site:
         in_channels: Channels of the tensor that enters the first producer: what the gate sees.
         producers, carriers, consumers: The layers that write, carry and read the site.
         gate_at: Where the gate looks. gain_at: where the gain is multiplied. masks: where suppressed channels, woken
-            by a bias or an activation with f(0) ≠ 0, are silenced again.
+            by a bias or an activation with f(0) ≠ 0, are silenced again. norms: layer norms whose statistics are the
+            active channels'.
         macs: Multiply-accumulates per sample of the layers that the site narrows, dense.
         share: `macs` as a share of the model's.
     """
@@ -71,6 +91,7 @@ class Site:
     masks: tuple[Attach, ...]
     macs: int
     share: float
+    norms: tuple[NormAt, ...] = ()
 
     @property
     def edges(self) -> tuple[Edge, ...]:

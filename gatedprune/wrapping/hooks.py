@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import DataError
-from ..functional import channel_gain, scale_channels
+from ..functional import channel_gain, masked_norm, scale_channels
 from ..gates import Gate
-from ..sites import Attach, Site
+from ..sites import Attach, NormAt, Site
 
 __all__ = ["GatingState", "attach"]
 
@@ -89,11 +90,89 @@ class _ScaleOutput(_Scale):
         return None if self.state.suspended else self.scale(output)
 
 
+class _Renorm:
+    """Compute a layer norm over the active channels: one hook sees its input, another replaces its output."""
+
+    def __init__(self, state: GatingState, gate: Gate, norm: NormAt, model: nn.Module) -> None:
+        self.state, self.gate, self.norm = state, gate, norm
+        # Modules and names, not parameters: these may be exchanged (load_state_dict(assign=True)).
+        self.owners = [
+            None if n is None else model.get_submodule(n.rpartition(".")[0]) for n in (norm.weight, norm.bias)
+        ]
+        self.seen: Tensor | None = None
+        self.result: Tensor | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "seen": None, "result": None}
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.seen, self.result = None if self.idle else _value(args, kwargs)[0], None
+
+    @property
+    def idle(self) -> bool:
+        # With every channel active the norm is what it was, to the last bit.
+        return self.state.suspended or self.gate.active_count == self.gate.channels
+
+    def output(self) -> Tensor:
+        if self.result is not None:
+            return self.result
+        gate, norm, x, self.seen = self.gate, self.norm, self.seen, None
+        assert x is not None and gate.last_active is not None
+        names = [n and n.rpartition(".")[2] for n in (norm.weight, norm.bias)]
+        weight, bias = (o and getattr(o, n or "") for o, n in zip(self.owners, names, strict=True))
+        ones = torch.ones_like(gate.last_active, dtype=x.dtype)
+        mask = channel_gain(ones, gate.last_active, norm.source.units, gate.channels)
+        dim = norm.source.channel_dim
+        y = masked_norm(x, mask, dim, weight, bias, norm.eps, spatial=norm.spatial, centred=norm.centred)
+        if len(norm.outputs) > 1:
+            self.result = y
+        return y
+
+
+class _RenormInput:
+    """Forward pre-hook where a layer norm's output enters the next module."""
+
+    def __init__(self, renorm: _Renorm) -> None:
+        self.renorm = renorm
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.renorm.idle:
+            return None
+        _, key = _value(args, kwargs)
+        if key is None:
+            return (self.renorm.output(), *args[1:]), kwargs
+        return args, {**kwargs, key: self.renorm.output()}
+
+
+class _RenormOutput:
+    """Forward hook of a layer norm's module."""
+
+    def __init__(self, renorm: _Renorm) -> None:
+        self.renorm = renorm
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
+        return None if self.renorm.idle else self.renorm.output()
+
+
+def _attach_norm(model: nn.Module, norm: NormAt, gate: Gate, state: GatingState) -> None:
+    renorm = _Renorm(state, gate, norm, model)
+    source = model.get_submodule(norm.source.path)
+    state.handles.append(source.register_forward_pre_hook(renorm, with_kwargs=True))
+    for at in norm.outputs:
+        module = model.get_submodule(at.path)
+        if at.side == "input":
+            state.handles.append(module.register_forward_pre_hook(_RenormInput(renorm), with_kwargs=True))
+        else:
+            state.handles.append(module.register_forward_hook(_RenormOutput(renorm)))
+
+
 def attach(model: nn.Module, site: Site, gate: Gate, state: GatingState) -> None:
     """Register the hooks of one site; `GatingState.remove` takes them out again."""
     add = state.handles.append
     producer = model.get_submodule(site.gate_at.path)
     add(producer.register_forward_pre_hook(_Select(state, gate, site.name), with_kwargs=True))
+    for norm in site.norms:  # before the gain, which is multiplied on what they give
+        _attach_norm(model, norm, gate, state)
     for places, gain in ((site.gain_at, True), (site.masks, False)):
         for at in places:
             module = model.get_submodule(at.path)
