@@ -229,7 +229,8 @@ class Lowering:
         if norm is not None:
             self.folded[norm] = node
         options = _conv_options(node) if name == "conv2d" else {}
-        grouped = options.get("groups", 1) != 1
+        within = next((use.labels for use in self.flow.consumers if use.node is node), None)  # of each group alike
+        grouped = options.get("groups", 1) != 1 and within is None
         out_layout = self.layouts.of(node)
         if out_layout is not None and (not self.layouts.regular(out_layout) or not self._ready(out_layout)):
             out_layout = None
@@ -250,7 +251,12 @@ class Lowering:
         self.state[node] = out_layout
         if in_layout is None and out_layout is None:
             return self._apply_gain(node, self.module(self.name(node), _plain(name, weight, bias, options), (value,)))
-        module = narrow.NarrowConv2d(weight, bias, **options) if name == "conv2d" else narrow.NarrowLinear(weight, bias)
+        if name == "conv2d":
+            module: nn.Module = narrow.NarrowConv2d(weight, bias, whole_groups=grouped, **options)
+        else:
+            module = narrow.NarrowLinear(weight, bias)
+        if in_layout is not None and within is not None and len(within) < in_layout.channels:
+            in_layout = self.layouts.along(within, in_layout.dim)
         weight_gain = self._gain_in_weights(node, norm, out_layout)
         in_index = self.index(in_layout) if in_layout is not None and not grouped else None
         out_index = self.index(out_layout) if out_layout is not None else None

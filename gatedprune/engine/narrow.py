@@ -110,9 +110,10 @@ class NarrowConv2d(nn.Module):
 
     Args:
         weight: (C_out, C_in/groups, kh, kw), full. bias: (C_out,) or None.
+        whole_groups: Active groups are complete and others absent; False: every group has the same active channels.
 
     Forward:
-        x: (B, n_in, H, W). in_index: (B, n_in) or None for all (with groups: not needed).
+        x: (B, n_in, H, W). in_index: (B, n_in/groups) of the weight's columns; None for all, and for whole groups.
         out_index: (B, n_out) or None. gain: (B, n_out) or None, multiplied on the output (through the gathered weights,
         which are smaller).
         Returns (B, n_out, H', W').
@@ -122,20 +123,21 @@ class NarrowConv2d(nn.Module):
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...] | str,
-                 dilation: tuple[int, ...], groups: int) -> None:  # fmt: skip
+                 dilation: tuple[int, ...], groups: int, whole_groups: bool = True) -> None:  # fmt: skip
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+        self.whole_groups = whole_groups and groups != 1
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.kernel_size = tuple(weight.shape[2:])
 
     def forward(
         self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None, gain: Tensor | None = None
     ) -> Tensor:
-        groups = 1 if self.groups == 1 else x.shape[1] // self.weight.shape[1]
+        groups = x.shape[1] // self.weight.shape[1] if self.whole_groups else self.groups
 
         def run(one: Tensor, b: int) -> Tensor:
-            w, c = gather_rows(self.weight, self.bias, in_index, out_index, gain, b, grouped=self.groups != 1)
+            w, c = gather_rows(self.weight, self.bias, in_index, out_index, gain, b, grouped=self.whole_groups)
             return F.conv2d(one, w, c, self.stride, self.padding, self.dilation, groups)
 
         return _per_sample(x, _samples(in_index, out_index), run)

@@ -47,9 +47,9 @@ class Flow:
         value = self.values.get(node) if isinstance(node, fx.Node) else None
         return value if isinstance(value, Tensor) else None
 
-    def produce(self, node: fx.Node, count: int) -> np.ndarray:
-        """Record that ``node`` writes ``count`` new channels; their labels."""
-        labels = self.units.fresh(count).numpy()
+    def produce(self, node: fx.Node, count: int, groups: int = 1) -> np.ndarray:
+        """Record that ``node`` writes ``count`` new channels (the same in each of its groups); their labels."""
+        labels = np.tile(self.units.fresh(count).numpy(), groups)
         self.producers.append(Use(node, labels))
         return labels
 

@@ -271,10 +271,15 @@ def _convolution(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         flow.consume(node, read)
         return flow.spread(flow.produce(node, c_out), 1, shape)
     per_in, per_out = c_in // groups, c_out // groups
+    rows = read.reshape(groups, per_in)
+    if groups < per_in:
+        # A few wide groups: they lose the same channels each, so that they stay equally wide.
+        flow.units.union(np.broadcast_to(rows[:1], rows.shape), rows)
+        flow.consume(node, flow.units.find(rows[0]))
+        return flow.spread(flow.produce(node, per_out, groups), 1, shape)
     if per_in > 1:
-        # A group that loses one input channel keeps no meaning of its own: whole groups are suppressed.
-        rows = read.reshape(groups, per_in)
-        flow.units.union(np.repeat(rows[:, 0], per_in), rows.ravel())
+        # Many narrow groups: whole groups are suppressed.
+        flow.units.union(np.broadcast_to(rows[:, :1], rows.shape), rows)
     labels = np.repeat(flow.units.find(read[::per_in]), per_out)
     flow.carry(node, labels)
     return flow.spread(labels, 1, shape)
@@ -317,7 +322,6 @@ def _attend(flow: Flow, a: Tensor, b: Tensor) -> Tensor | None:
     """
     rank = max(a.dim(), b.dim())
     a, b = (t.view((1,) * (rank - t.dim()) + t.shape) for t in (a, b))
-    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     varies = [flow.units.varying(t).shape[:-2] for t in (a, b)]
     if not any(s > 1 for shape in varies for s in shape):
         return None
@@ -325,9 +329,12 @@ def _attend(flow: Flow, a: Tensor, b: Tensor) -> Tensor | None:
         flow.units.unite_within(t, (-2, -1))
     tops = [torch.from_numpy(flow.units.find(compress(t)).max(axis=(-2, -1), keepdims=True)) for t in (a, b)]
     wide = torch.broadcast_shapes(tops[0].shape, tops[1].shape)
-    for t, top in zip((a, b), tops, strict=True):
-        if any(t.shape[d] == 1 and lead[d] > 1 and wide[d] > 1 for d in range(rank - 2)):
+    shared = [any(top.shape[d] == 1 and wide[d] > 1 for d in range(rank - 2)) for top in tops]
+    for top, is_shared in zip(tops, shared, strict=True):
+        if is_shared:
             flow.units.pin(top, "it is shared between attention heads")
+    if shared[0] != shared[1]:
+        return tops[0 if shared[1] else 1]
     first, second = (t.expand(wide).contiguous() for t in tops)
     flow.units.union(first, second)
     return torch.where(first == WILD, second, first)
