@@ -11,7 +11,7 @@ from typing import Any
 import click
 import timm
 import torch
-import torch._dynamo  # noqa: F401  what tracing needs, imported once for all the processes to come
+import torch._dynamo  # what tracing needs, imported once for all the processes to come
 
 from .catalogue import Entry, catalogue, smallest
 from .jobs import architecture_job, family_job
@@ -49,15 +49,15 @@ def main() -> None:
 
 def _options(limit: float) -> Callable[[Any], Any]:
     def add(command: Any) -> Any:
-        for option in (
-            click.option("--data", type=click.Path(path_type=Path), default=DATA, show_default=True, help="Folder of the tables."),
-            click.option("--seconds", default=limit, show_default=True, help="Time limit for each model."),
-            click.option("--shard", type=_Shard(), default="0/1", show_default=True, help="Run every N-th model, from the I-th."),
-            click.option("--only", default="*", show_default=True, help="Models or families whose name fits this pattern."),
-            click.option("--again", is_flag=True, help="Run also what has a row already."),
-            click.option("--failed", is_flag=True, help="Run again what failed or ran out of time."),
-        ):  # fmt: skip
-            command = option(command)
+        for name, settings in (
+            ("--data", {"type": click.Path(path_type=Path), "default": DATA, "help": "Folder of the tables."}),
+            ("--seconds", {"default": limit, "help": "Time limit for each model."}),
+            ("--shard", {"type": _Shard(), "default": "0/1", "help": "Run every N-th model, from the I-th."}),
+            ("--only", {"default": "*", "help": "Models or families whose name fits this pattern."}),
+            ("--again", {"is_flag": True, "help": "Run also what has a row already."}),
+            ("--failed", {"is_flag": True, "help": "Run again what failed or ran out of time."}),
+        ):
+            command = click.option(name, show_default=True, **settings)(command)
         return command
 
     return add
@@ -93,10 +93,8 @@ def _sweep(name: str, job: Job, choose: Callable[[list[Entry]], list[Entry]], *,
            shard: tuple[int, int], only: str, again: bool, failed: bool) -> None:  # fmt: skip
     data.mkdir(parents=True, exist_ok=True)
     table = Table(data / f"{name}.jsonl")
-    chosen = [
-        e for e in choose(catalogue(data / "timm.json")) if fnmatchcase(e.model, only) or fnmatchcase(e.family, only)
-    ]
-    chosen = chosen[shard[0] :: shard[1]]
+    entries = choose(catalogue(data / "timm.json"))[shard[0] :: shard[1]]
+    chosen = [e for e in entries if fnmatchcase(e.model, only) or fnmatchcase(e.family, only)]
     if failed:
         rows, again = table.rows(), True
         chosen = [e for e in chosen if e.model in rows and not _succeeded(rows[e.model])]

@@ -11,7 +11,7 @@ from .runner import Record, Table
 
 __all__ = ["families_page"]
 
-# What gating at ratio 0.5 is to save at least (of MACs): where half of the MACs or more are convolutions, and elsewhere.
+# What gating at ratio 0.5 is to save at least: where half of the MACs or more are convolutions, and elsewhere.
 GOAL_CONVOLUTIONS, GOAL_OTHERS = 0.35, 0.30
 
 _HEAD = """# Families
@@ -58,12 +58,12 @@ def _summary(rows: list[Record], total: int, version: str) -> str:
     lines = [
         "## The contract suite on the smallest model of each family",
         "",
-        f"timm {version}: {len(rows)} of {total} families run. {len(gated)} have sites, {failed} fail a check or break, "
-        f"{unfinished} ran out of time in some check. Ratio 0.5, sites of the residual stream not counted.",
+        f"timm {version}: {len(rows)} of {total} families run. {len(gated)} have sites, {failed} fail a check or "
+        f"break, {unfinished} ran out of time in some check. Ratio 0.5, sites of the residual stream not counted.",
         "",
-        "`checks`: passed/run; the rest was left out for models above 1.5 GMACs (float64 and training take minutes there), "
-        "or there was no time. `MACs left` is arithmetic over the sites, predictors included; in brackets what the compact "
-        "model was seen to execute, where that differs.",
+        "`checks`: passed/run; the rest was left out for models above 1.5 GMACs (float64 and training take minutes "
+        "there), or there was no time. `MACs left` is arithmetic over the sites, predictors included; in brackets what "
+        "the compact model was seen to execute, where that differs.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -114,11 +114,8 @@ def _failures(rows: list[Record]) -> str:
 
 def _plain(text: str) -> str:
     """The first line of a message, short, without what Markdown would read."""
-    return (
-        text.strip().splitlines()[0][:240].replace("|", "/").replace("<", "‹").replace(">", "›")
-        if text.strip()
-        else "?"
-    )
+    line = next(iter(text.strip().splitlines()), "?")
+    return line[:240].replace("|", "/").replace("<", "‹").replace(">", "›")
 
 
 def _obstacles(rows: list[Record]) -> str:
@@ -133,8 +130,8 @@ def _obstacles(rows: list[Record]) -> str:
             f"- **{row['family']}** (`{row['model']}`) {saved}. MACs that no site narrows: {reasons or 'few'}."
         )
     text = (
-        f"### What stands in the way\n\nFamilies that save less than {GOAL_CONVOLUTIONS:.0%} of their MACs (networks of "
-        f"convolutions) or {GOAL_OTHERS:.0%} (others) at ratio 0.5.\n\n"
+        f"### What stands in the way\n\nAt ratio 0.5 these save less than {GOAL_CONVOLUTIONS:.0%} of their MACs (where "
+        f"half of them or more are convolutions) or {GOAL_OTHERS:.0%} (elsewhere).\n\n"
     )
     return text + "\n".join(lines or ["None."]) + "\n"
 
