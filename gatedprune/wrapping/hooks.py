@@ -118,8 +118,9 @@ class _Renorm:
             return self.result
         gate, norm, x, self.seen = self.gate, self.norm, self.seen, None
         assert x is not None and gate.last_active is not None
-        names = [n and n.rpartition(".")[2] for n in (norm.weight, norm.bias)]
-        weight, bias = (o and getattr(o, n or "") for o, n in zip(self.owners, names, strict=True))
+        names = [(n or "").rpartition(".")[2] for n in (norm.weight, norm.bias)]
+        found: list[Any] = [None if o is None else getattr(o, n) for o, n in zip(self.owners, names, strict=True)]
+        weight, bias = found
         ones = torch.ones_like(gate.last_active, dtype=x.dtype)
         mask = channel_gain(ones, gate.last_active, norm.source.units, gate.channels)
         dim = norm.source.channel_dim
