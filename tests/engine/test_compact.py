@@ -211,12 +211,6 @@ class Broadcast(nn.Module):
         return self.last(x.mean((2, 3), keepdim=True).expand_as(x) + self.branch(x))
 
 
-@pytest.mark.xfail(
-    reason="AddInto writes in place into an expanded stream: RuntimeError, more than one element of the "
-    "written-to tensor refers to a single memory location",
-    raises=RuntimeError,
-    strict=True,
-)
 def test_a_broadcast_stream_is_not_written_into() -> None:
     x = images(2, 3, 12, 12)
     gated = gate_up(Broadcast(), x, stream=True)
