@@ -15,7 +15,6 @@ from torch import Tensor, nn
 __all__ = ["LARGEST_INPUT", "Entry", "build", "catalogue", "images_for", "smallest"]
 
 LARGEST_INPUT = 256  # pixels: larger images show nothing else, and take long
-_SIZES = (256, 224, 252)  # tried in this order where a model is configured for more; 252 = 18 · 14
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,16 @@ def smallest(entries: list[Entry]) -> list[Entry]:
     return list(first.values())
 
 
-def images_for(name: str) -> tuple[dict[str, Any], tuple[int, int, int]]:
-    """Options and image shape (C, H, W) to build and run a model with: at most `LARGEST_INPUT` pixels where it can.
+def images_for(name: str, largest: int = LARGEST_INPUT) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """Options and image shape (C, H, W) to build and run a model with: at most ``largest`` pixels where it can.
 
     Tried on the meta device: as it is, then with timm's ``img_size``; a model that takes neither keeps its size.
     """
     model = build(name)
     configured: tuple[int, int, int] = tuple(model.pretrained_cfg["input_size"])  # type: ignore[arg-type, index, assignment]
-    if max(configured[1:]) <= LARGEST_INPUT:
+    if max(configured[1:]) <= largest:
         return {}, configured
-    for size in _SIZES:
+    for size in [largest, *(largest // patch * patch for patch in (28, 48) if largest % patch)]:
         shape = (configured[0], size, size)
         for options in ({}, {"img_size": size}):
             if _runs(name, options, torch.zeros(2, *shape, device="meta")):
