@@ -201,7 +201,7 @@ def _selector(module: Selector, inputs: tuple[Tensor], output: Any) -> int:
 
 def _narrow_convolution(module: NarrowConv2d, inputs: tuple[Tensor], output: Tensor) -> int:
     # The tensors are really narrow: their shapes tell what each sample's own channels cost.
-    read = inputs[0].shape[1] if module.groups == 1 else module.weight.shape[1]
+    read = module.weight.shape[1] if module.whole_groups else inputs[0].shape[1] // module.groups
     return output.numel() * read * math.prod(module.kernel_size)
 
 
