@@ -15,13 +15,13 @@ from gatedprune.testing import Case, Check, parametrize_checks
 CONVOLUTIONAL: dict[str, Any] = {"size": 64}
 POSITIONAL: dict[str, Any] = {"size": 64, "img_size": 64}
 
-# Model → its size and the reference of contract 2. Where torch-pruning is able it must be used, so that no
-# failure of it passes unseen; the others say what it does with them (version 1.6.1).
-NO_END = "columns"  # torch-pruning does not come to an end
+# Model → its size and the reference of contract 2. Where torch-pruning is able it must be used, so that no failure of
+# it passes unseen; for the others this is what it does with them (version 1.6.1).
+NO_END = "columns"  # does not come to an end
 LOSES_LAYER = "columns"  # "a layer would lose all of its channels"
-BAD_INDEX = "columns"  # an index map of torch-pruning's leaves its range
 FIXED_VIEW = "columns"  # a channel count is written into forward()
-ELEMENTWISE = "columns"  # it narrows parameters of element-wise operators that no site names
+GROUPS = "columns"  # leaves the number of a norm's groups as it was
+OTHERS = "columns"  # narrows other dimensions than those of the sites
 
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "test_byobnet": (CONVOLUTIONAL, "torch-pruning"),
@@ -30,12 +30,12 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "test_convnext2": (CONVOLUTIONAL, "torch-pruning"),
     "test_convnext3": (CONVOLUTIONAL, "torch-pruning"),
     "test_efficientnet": (CONVOLUTIONAL, "torch-pruning"),
-    "test_efficientnet_evos": (CONVOLUTIONAL, ELEMENTWISE),
-    "test_efficientnet_gn": (CONVOLUTIONAL, "auto"),
-    "test_efficientnet_ln": (CONVOLUTIONAL, "auto"),
+    "test_efficientnet_evos": (CONVOLUTIONAL, OTHERS),
+    "test_efficientnet_gn": (CONVOLUTIONAL, GROUPS),
+    "test_efficientnet_ln": (CONVOLUTIONAL, "torch-pruning"),
     "test_mambaout": (CONVOLUTIONAL, LOSES_LAYER),
     "test_maxvit": (POSITIONAL, NO_END),
-    "test_nfnet": (CONVOLUTIONAL, BAD_INDEX),
+    "test_nfnet": (CONVOLUTIONAL, OTHERS),
     "test_resnet": (CONVOLUTIONAL, "torch-pruning"),
     "test_vit": (POSITIONAL, FIXED_VIEW),
     "test_vit2": (POSITIONAL, FIXED_VIEW),
@@ -45,7 +45,11 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 # What is known to be wrong: (case, check) → the reason. Strict: once mended, the entry must go.
-KNOWN: dict[tuple[str, str], str] = {}
+EMBEDDING = "the compact model adds position embeddings of suppressed channels to the residual stream"
+KNOWN: dict[tuple[str, str], str] = {
+    ("test_vit-stream", "compact_float64"): EMBEDDING,
+    ("test_vit-stream", "compact_float32"): EMBEDDING,
+}
 
 
 def case(name: str, stream: bool) -> Case:

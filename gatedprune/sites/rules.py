@@ -136,6 +136,7 @@ def _join(flow: Flow, node: fx.Node, ra: np.ndarray, rb: np.ndarray) -> Tensor:
     flow.joins.append(Join(node, np.unique(np.concatenate([ra.ravel(), rb.ravel()]))))
     pairs, where = np.unique(np.stack([ra.ravel(), rb.ravel()]), axis=1, return_inverse=True)
     fresh = flow.units.fresh(pairs.shape[1])
+    flow.units.pin(fresh, "its channels are multiplied with those of the residual stream")
     return fresh[torch.from_numpy(where.reshape(-1))].view(ra.shape)
 
 

@@ -61,6 +61,7 @@ def removed(gated: GatedModel, args: tuple[Any, ...], sample: int, oracle: str =
             how = f"columns zeroed ({str(error).split('.')[0][:120]})"
         else:
             _apply(pruned, chosen, norms, narrowed=set(inner))
+            _cut_norms(pruned, {n: c for n, c in chosen.items() if n not in inner})
             return pruned, "torch-pruning"
     elif inner:
         how = "columns zeroed"
@@ -88,15 +89,22 @@ def _norms(gated: GatedModel, args: tuple[Any, ...]) -> dict[str, str]:
     """Path of a producer → path of the batch norm that reads the very tensor it wrote."""
     producers = {s.producers[0].path for s in gated.gated_sites}
     norms = {e.path for s in gated.gated_sites for e in s.carriers if e.op in _NORMS}
-    written: dict[int, tuple[str, Any]] = {}
+    written: dict[tuple, tuple[str, Tensor]] = {}  # holds the tensors, so that no memory is given out twice
     found: dict[str, str] = {}
     model = unwrap(copy.deepcopy(gated))
 
+    def memory(x: Tensor) -> tuple:  # the same for a permutation, another after an in-place activation
+        return x.data_ptr(), x.numel(), x._version
+
     def wrote(path: str) -> Any:
-        return lambda module, x, y: written.__setitem__(id(y), (path, y))
+        return lambda module, x, y: written.__setitem__(memory(y), (path, y))
 
     def reads(path: str) -> Any:
-        return lambda module, x: found.__setitem__(written[id(x[0])][0], path) if x and id(x[0]) in written else None
+        def hook(module: nn.Module, x: Any) -> None:
+            if x and memory(x[0]) in written:
+                found[written[memory(x[0])][0]] = path
+
+        return hook
 
     for path in producers:
         model.get_submodule(path).register_forward_hook(wrote(path))
@@ -123,8 +131,10 @@ def _apply(model: nn.Module, chosen: dict[str, _Choice], norms: dict[str, str], 
     for name, choice in chosen.items():
         for edge in _gain_edges(choice.site, norms):
             scale(edge, choice.gain)
-        for edge in () if name in narrowed else choice.site.consumers:
-            scale(edge, choice.alive.to(choice.gain))
+        if name not in narrowed:
+            _silence_constants(model, choice)
+            for edge in choice.site.consumers:
+                scale(edge, choice.alive.to(choice.gain))
 
 
 def _gain_edges(site: Site, norms: dict[str, str]) -> list[Edge]:
@@ -141,6 +151,16 @@ def _gain_edges(site: Site, norms: dict[str, str]) -> list[Edge]:
     if site.kind == "stream" and any(at.path == producer.path and at.side == "output" for at in site.gain_at):
         return [producer]
     return [next((e for e in site.carriers if e.path == norms.get(producer.path)), producer)]
+
+
+def _silence_constants(model: nn.Module, choice: _Choice) -> None:
+    """A position embedding that is added to a site's channels is none of a suppressed channel's either."""
+    for edge in choice.site.carriers:
+        if edge.op != "add":
+            continue
+        for value in model.get_submodule(edge.path).parameters(recurse=False):
+            if value.shape[-1] == len(edge.units):
+                value.data *= choice.alive[edge.units.cpu()].to(value)
 
 
 def _cut_norms(model: nn.Module, chosen: dict[str, _Choice]) -> None:
@@ -172,8 +192,8 @@ class _CutNorm(nn.Module):
             norm.normalized_shape = (len(self.kept),)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = x.dim() == 4 and x.shape[1] == self.channels and type(self.norm) is not nn.LayerNorm
-        dim = 1 if maps or isinstance(self.norm, nn.GroupNorm) else x.dim() - 1
+        first = isinstance(self.norm, nn.GroupNorm) or "2d" in type(self.norm).__name__.lower()
+        dim = 1 if first else x.dim() - 1
         kept = self.kept.to(x.device)
         y = self.norm(x.index_select(dim, kept))
         return y.new_zeros(x.shape).index_copy(dim, kept, y)

@@ -84,9 +84,7 @@ def gated() -> nn.Module:
 
 def test_encoder_and_decoder_are_gated(gated: nn.Module) -> None:
     names = list(gated.gates)
-    assert {name for name in names if name.startswith("decoder.")} >= {
-        f"decoder.stages.{i}.conv1" for i in range(5)
-    }
+    assert {name for name in names if name.startswith("decoder.")} >= {f"decoder.stages.{i}.conv1" for i in range(5)}
     assert any(name.startswith("backbone.") for name in names)
     assert isinstance(gated, DepthModel)
 
