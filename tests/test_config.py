@@ -75,9 +75,7 @@ def test_the_mapping_is_a_copy() -> None:
 
 
 def test_json_round_trip() -> None:
-    config = GateConfig(
-        ratio={"layer1*": 0.25, "*": 0}, include=("l*",), exclude="x", round_to=8, stream=True
-    )
+    config = GateConfig(ratio={"layer1*": 0.25, "*": 0}, include=("l*",), exclude="x", round_to=8, stream=True)
     assert GateConfig.from_json(config.to_json()) == config
     assert GateConfig.from_dict(GateConfig().to_dict()) == GateConfig()
 

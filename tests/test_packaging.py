@@ -48,9 +48,7 @@ def test_listed_packages_are_those_on_the_disk(root: Path, config: configparser.
 def test_every_folder_with_python_files_is_a_package(root: Path) -> None:
     for folder in TOP_FOLDERS:
         for file in (root / folder).rglob("*.py"):
-            assert (file.parent / "__init__.py").exists(), (
-                f"{file.parent.relative_to(root)} has no __init__.py"
-            )
+            assert (file.parent / "__init__.py").exists(), f"{file.parent.relative_to(root)} has no __init__.py"
 
 
 def test_package_dir_maps_the_top_folders(config: configparser.ConfigParser) -> None:
@@ -70,9 +68,7 @@ def test_changelog_speaks_of_this_version(root: Path) -> None:
 
 
 def test_wheel_holds_the_library_and_no_tests(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setuptools = pytest.importorskip(
-        "setuptools", reason="needs setuptools to read its own view of setup.cfg"
-    )
+    setuptools = pytest.importorskip("setuptools", reason="needs setuptools to read its own view of setup.cfg")
     monkeypatch.chdir(root)
     distribution = setuptools.dist.Distribution({"script_name": "setup.py"})
     distribution.parse_config_files(["setup.cfg"])

@@ -70,9 +70,7 @@ def _create(name: str, keywords: Mapping[str, Any]) -> nn.Module:
 
 def _load_from_file(name: str, path: str, keywords: Mapping[str, Any]) -> nn.Module:
     if not os.path.isfile(path):
-        raise CheckpointError(
-            f"The weights file {path} does not exist. Give the path of a checkpoint of {name!r}."
-        )
+        raise CheckpointError(f"The weights file {path} does not exist. Give the path of a checkpoint of {name!r}.")
     overlay: dict[str, Any] = {"file": path}
     if not path.endswith(".npz"):
         overlay["custom_load"] = False
@@ -86,12 +84,9 @@ def _load_from_file(name: str, path: str, keywords: Mapping[str, Any]) -> nn.Mod
             loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **keywords)
         except Exception as error:
             raise CheckpointError(
-                f"{path} is not a checkpoint of {name!r}: {_first_line(error)}. Give a file saved from that "
-                "timm model."
+                f"{path} is not a checkpoint of {name!r}: {_first_line(error)}. Give a file saved from that timm model."
             ) from error
-    untouched = [
-        key for key, value in fresh.named_parameters() if _same_random(value, loaded.get_parameter(key))
-    ]
+    untouched = [key for key, value in fresh.named_parameters() if _same_random(value, loaded.get_parameter(key))]
     if untouched:
         raise CheckpointError(
             f"{path} is not a checkpoint of {name!r}: it holds no values for {len(untouched)} of its weights "

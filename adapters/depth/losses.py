@@ -38,13 +38,10 @@ def berhu(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, sha
     error = (prediction - target)[mask].abs()
     if error.numel() == 0:
         raise DataError(
-            "berhu() got a batch without a single valid ground-truth pixel: check the depth maps and the "
-            "mask."
+            "berhu() got a batch without a single valid ground-truth pixel: check the depth maps and the mask."
         )
     threshold = share * error.detach().max()
     # At a perfect fit the threshold is 0 and its branch is never taken; the clamp keeps 0/0 out of the
     # gradient.
-    quadratic = (error.square() + threshold.square()) / (
-        2 * threshold.clamp_min(torch.finfo(error.dtype).tiny)
-    )
+    quadratic = (error.square() + threshold.square()) / (2 * threshold.clamp_min(torch.finfo(error.dtype).tiny))
     return torch.where(error <= threshold, error, quadratic).mean()

@@ -88,9 +88,7 @@ def depth_metrics(prediction: Tensor, target: Tensor, mask: Tensor | None = None
     mask = target > 0 if mask is None else mask
     prediction, target = prediction[mask].double(), target[mask].double()
     if target.numel() == 0:
-        raise DataError(
-            "depth_metrics() got an image without a valid ground-truth pixel: leave it out and count it."
-        )
+        raise DataError("depth_metrics() got an image without a valid ground-truth pixel: leave it out and count it.")
     for name, depth in (("prediction", prediction), ("target", target)):
         if not bool((torch.isfinite(depth) & (depth > 0)).all()):
             raise DataError(

@@ -61,8 +61,7 @@ class DepthModel(nn.Module):
         super().__init__()
         if not 0 < min_depth < max_depth < math.inf:
             raise ConfigError(
-                f"DepthModel needs 0 < min_depth < max_depth, both in metres. Got {min_depth} and "
-                f"{max_depth}."
+                f"DepthModel needs 0 < min_depth < max_depth, both in metres. Got {min_depth} and {max_depth}."
             )
         if isinstance(backbone, nn.Module):
             if pretrained or weights is not None or backbone_options:
@@ -73,9 +72,7 @@ class DepthModel(nn.Module):
                 )
             self.backbone = backbone
         else:
-            self.backbone = build_backbone(
-                backbone, pretrained=pretrained, weights=weights, options=backbone_options
-            )
+            self.backbone = build_backbone(backbone, pretrained=pretrained, weights=weights, options=backbone_options)
         self.min_depth, self.max_depth = float(min_depth), float(max_depth)
         channels, reductions = feature_layout(self.backbone)
         self.channels_last = is_channels_last(self.backbone)
@@ -126,8 +123,7 @@ def _stage_widths(channels: int | Sequence[int], stages: int) -> list[int]:
 def _check_image(image: Tensor) -> None:
     if not isinstance(image, Tensor):
         raise DataError(
-            f"DepthModel takes a float tensor of images (B, 3, H, W), RGB in [0, 1]. Got "
-            f"{type(image).__name__}."
+            f"DepthModel takes a float tensor of images (B, 3, H, W), RGB in [0, 1]. Got {type(image).__name__}."
         )
     if image.ndim != 4 or image.shape[1] != 3:
         raise DataError(

@@ -132,11 +132,7 @@ class Comparison:
     def _footer(self) -> list[str]:
         latency = self.rows[0].latency
         machine = self.environment.accelerator if latency.device != "cpu" else self.environment.processor
-        threads = (
-            f", {latency.threads} thread{'s' if latency.threads > 1 else ''}"
-            if latency.device == "cpu"
-            else ""
-        )
+        threads = f", {latency.threads} thread{'s' if latency.threads > 1 else ''}" if latency.device == "cpu" else ""
         shapes = ", ".join("×".join(map(str, shape)) for shape in self.inputs)
         kept, channels = (sum(pair[i] for pair in self.active.values()) for i in (0, 1))
         lines = [
@@ -146,9 +142,7 @@ class Comparison:
             f"dynamic chosen for each; compact equals masked to {self.equality.float64:.0e} (float64)",
         ]
         if self.dynamic_only:
-            lines.append(
-                f"{len(self.dynamic_only)} of them, on the residual stream, stay whole in the static model"
-            )
+            lines.append(f"{len(self.dynamic_only)} of them, on the residual stream, stay whole in the static model")
         return lines
 
 
@@ -232,9 +226,7 @@ def compare_models(
         ImportError: thop is not installed (`pip install gatedprune[compare]`).
     """
     if not isinstance(gated, GatedModel):
-        raise ConfigError(
-            "`gated` of compare_models() has no gates: pass a model that gatedprune.wrap returned."
-        )
+        raise ConfigError("`gated` of compare_models() has no gates: pass a model that gatedprune.wrap returned.")
     inputs = _inputs(gated, example_inputs)
     fast = compact(gated, inputs)
     equality = check_equality(gated, fast, inputs)

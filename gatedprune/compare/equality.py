@@ -112,9 +112,7 @@ def _double(value: Any) -> Any:
 
 
 def _largest(found: list[Tensor], wanted: list[Tensor]) -> float:
-    return max(
-        (_finite(float((a - b).abs().max())) for a, b in _pairs(found, wanted) if a.numel()), default=0.0
-    )
+    return max((_finite(float((a - b).abs().max())) for a, b in _pairs(found, wanted) if a.numel()), default=0.0)
 
 
 def _rms(found: list[Tensor], wanted: list[Tensor]) -> float:
@@ -127,9 +125,7 @@ def _rms(found: list[Tensor], wanted: list[Tensor]) -> float:
 def _pairs(found: list[Tensor], wanted: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     shapes = [[tuple(value.shape) for value in values] for values in (found, wanted)]
     if shapes[0] != shapes[1] or not shapes[0]:
-        raise ModelError(
-            f"The compact model returns tensors of shapes {shapes[0]}, the gated model {shapes[1]}."
-        )
+        raise ModelError(f"The compact model returns tensors of shapes {shapes[0]}, the gated model {shapes[1]}.")
     return list(zip(found, wanted, strict=True))
 
 

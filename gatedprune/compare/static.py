@@ -94,9 +94,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
     return unwrap(copied) if is_gated(copied) else copied
 
 
-def _sites_and_counts(
-    model: nn.Module, sites: Any, example_inputs: Any
-) -> tuple[list[Site], dict[str, int] | None]:
+def _sites_and_counts(model: nn.Module, sites: Any, example_inputs: Any) -> tuple[list[Site], dict[str, int] | None]:
     """The sites to prune, and what their gates keep where a gated model told the sites."""
     teller = sites if isinstance(sites, nn.Module) else model if sites is None else None
     counts = None
@@ -116,9 +114,7 @@ def _sites_and_counts(
                 "channel from all producers at once: it has no static counterpart. Pass the inner sites."
             )
     if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no inner site to prune: print find_sites(model) to see why."
-        )
+        raise ModelError(f"{type(model).__name__} has no inner site to prune: print find_sites(model) to see why.")
     return found, counts
 
 
@@ -130,9 +126,7 @@ def _plan(
     keep: Mapping[str, Any] | None,
 ) -> dict[str, int | Tensor]:
     """Site name → how many channels stay, or which."""
-    given = [
-        name for name, value in (("ratio", ratio), ("counts", counts), ("keep", keep)) if value is not None
-    ]
+    given = [name for name, value in (("ratio", ratio), ("counts", counts), ("keep", keep)) if value is not None]
     if len(given) > 1 or not (given or gate_counts):
         raise ConfigError(
             "prune_static() needs one of `ratio`, `counts` and `keep` to tell how much stays (a gated model "
@@ -142,9 +136,7 @@ def _plan(
     if ratio is not None:
         share = check_ratio(ratio, "prune_static()")
         return {name: GateConfig().active_count(count, share) for name, count in channels.items()}
-    asked: Mapping[str, Any] = (
-        keep if keep is not None else counts if counts is not None else gate_counts or {}
-    )
+    asked: Mapping[str, Any] = keep if keep is not None else counts if counts is not None else gate_counts or {}
     unknown = sorted(set(asked) - set(channels))
     if unknown:
         raise ConfigError(
@@ -156,9 +148,7 @@ def _plan(
 
 def _checked_count(name: str, count: Any, channels: int) -> int:
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= channels:
-        raise ConfigError(
-            f"`counts` of prune_static() must be in [1, {channels}] for the site {name}. Got {count!r}."
-        )
+        raise ConfigError(f"`counts` of prune_static() must be in [1, {channels}] for the site {name}. Got {count!r}.")
     return count
 
 
@@ -172,9 +162,7 @@ def _checked_indices(name: str, indices: Any, channels: int) -> Tensor:
         )
     kept = kept.long().sort().values
     if (kept.diff() == 0).any():
-        raise ConfigError(
-            f"`keep` of prune_static() names a channel of the site {name} twice. Got {indices!r}."
-        )
+        raise ConfigError(f"`keep` of prune_static() names a channel of the site {name} twice. Got {indices!r}.")
     return kept
 
 

@@ -108,9 +108,7 @@ def _check(models: Mapping[str, Any], threads: int | None, warmup: int, repeats:
         if name == "threads" and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(
-                f"`{name}` of measure_latency() must be an integer of at least {least}. Got {value!r}."
-            )
+            raise ConfigError(f"`{name}` of measure_latency() must be an integer of at least {least}. Got {value!r}.")
 
 
 def _time_once(model: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device) -> float:

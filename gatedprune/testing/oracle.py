@@ -214,8 +214,8 @@ def _scale(module: nn.Module, edge: Edge, factor: Tensor) -> None:
 
     def times(x: Tensor) -> Tensor:
         view = [1] * x.dim()
-        view[dim] = len(factor)
-        return x * factor.view(view)
+        view[dim] = x.shape[dim]  # a convolution of a few wide groups reads the same channels of each
+        return x * factor.repeat(x.shape[dim] // len(factor)).view(view)
 
     if edge.dim == 0:
         module.register_forward_hook(lambda module, args, y: times(y))

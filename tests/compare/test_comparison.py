@@ -108,9 +108,7 @@ def test_json_is_written_whole(found: Comparison, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["comparison.json"]
 
 
-def test_a_failed_write_leaves_the_old_file(
-    found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file(found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "comparison.json"
     path.write_text("old")
     monkeypatch.setattr(comparison.json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))

@@ -72,9 +72,7 @@ def test_an_untouched_gated_model_is_the_static_one(resnet: nn.Module) -> None:
     result = prune_static(gated, example_inputs=images.double())
     gated.eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            result.model.eval()(images.double()), gated(images.double()), rtol=1e-9, atol=1e-9
-        )
+        torch.testing.assert_close(result.model.eval()(images.double()), gated(images.double()), rtol=1e-9, atol=1e-9)
     for name, gate in gated.gates.items():
         assert torch.equal(result.kept[name], gate.last_active[0])
 
@@ -127,9 +125,7 @@ def test_importances_see_gradients() -> None:
     model(torch.randn(2, 3, 8, 8)).square().sum().backward()
     model.left.weight.grad[1] = 1e3  # |w · ∂L/∂w| decides
     taylor = torch_pruning.importance.TaylorImportance()
-    result = prune_static(
-        model, counts={"left": 1}, importance=taylor, example_inputs=torch.randn(1, 3, 8, 8)
-    )
+    result = prune_static(model, counts={"left": 1}, importance=taylor, example_inputs=torch.randn(1, 3, 8, 8))
     assert result.kept["left"].tolist() == [1]
     assert all(parameter.grad is None for parameter in result.model.parameters())
     assert model.left.weight.grad is not None
@@ -249,9 +245,7 @@ def test_a_model_that_no_longer_runs_is_named() -> None:
     model = Joined()
     with Surgeon(model, (torch.randn(1, 3, 8, 8),)) as surgeon:
         model.last = nn.Conv2d(9, 5, 1)
-        with pytest.raises(
-            ModelError, match="Joined no longer runs after torch-pruning narrowed it: RuntimeError"
-        ):
+        with pytest.raises(ModelError, match="Joined no longer runs after torch-pruning narrowed it: RuntimeError"):
             surgeon.check_runs()
 
 
@@ -266,9 +260,7 @@ def test_a_model_that_torch_pruning_cannot_trace_is_named() -> None:
 
 
 def test_scores_must_be_one_a_channel() -> None:
-    with pytest.raises(
-        ModelError, match=r"must give 4 scores, one a channel, for the site left. Got shape \(3,\)"
-    ):
+    with pytest.raises(ModelError, match=r"must give 4 scores, one a channel, for the site left. Got shape \(3,\)"):
         prune_static(
             Joined(),
             ratio=0.5,

@@ -20,10 +20,7 @@ module = importlib.import_module("gatedprune.measure.environment")
 def test_names_versions_and_machine() -> None:
     found = environment()
     assert found.packages["gatedprune"] == gatedprune.__version__
-    assert (
-        found.packages["torch"] == torch.__version__.split("+")[0]
-        or found.packages["torch"] == torch.__version__
-    )
+    assert found.packages["torch"] == torch.__version__.split("+")[0] or found.packages["torch"] == torch.__version__
     assert found.threads == torch.get_num_threads()
     assert found.cores >= 1
     assert found.processor
