@@ -56,6 +56,8 @@ def test_the_page_tells_what_was_executed_where_that_differs(tmp_path: Path) -> 
     note = {"macs_fall": {"outcome": "pass", "note": "61.2% of the MACs left", "seconds": 1.0}}
     assert "| 50% (61%) |" in page(tmp_path, checks=note)
     assert "| 61% |" in page(tmp_path, checks=note, left=0.612)
+    broken = {"macs_fall": {"outcome": "fail", "note": "TypeError: no number here", "seconds": 1.0}}
+    assert "| 50% |" in page(tmp_path, checks=broken)
 
 
 def test_architectures_are_counted(tmp_path: Path) -> None:
