@@ -124,7 +124,8 @@ class Ellipsoid(Solid):
         radii = np.array(self.radii, np.float32)
         start = (np.asarray(origin, np.float32) - np.array(self.center, np.float32)) / radii
         scaled = rays / radii
-        return _quadratic((scaled * scaled).sum(-1), scaled @ start, np.float32(start @ start - 1))
+        # Not `scaled @ start`: BLAS rounds by the shape of the array, and a window must see what the whole image sees.
+        return _quadratic((scaled * scaled).sum(-1), (scaled * start).sum(-1), np.float32(start @ start - 1))
 
     def normal(self, points: np.ndarray) -> np.ndarray:
         normal = (points - np.array(self.center, np.float32)) / np.array(self.radii, np.float32) ** 2
