@@ -202,7 +202,8 @@ def _as_dict(report: SiteReport) -> dict[str, Any]:
 
 
 def _as_text(report: SiteReport) -> str:
-    narrowed, costs = _narrowed(report), defaultdict(int)
+    narrowed = _narrowed(report)
+    costs: dict[str, int] = defaultdict(int)
     for layer in report.layers:
         costs[layer.path] += layer.macs
     total = max(report.macs, 1)

@@ -110,7 +110,7 @@ def feature_layout(backbone: nn.Module) -> tuple[list[int], list[int]]:
     Raises:
         ModelError: the backbone does not tell (it has no `feature_info` in timm's sense).
     """
-    info = getattr(backbone, "feature_info", None)
+    info: Any = getattr(backbone, "feature_info", None)
     if not (callable(getattr(info, "channels", None)) and callable(getattr(info, "reduction", None))):
         raise ModelError(
             f"The backbone {type(backbone).__name__} has no feature_info with channels() and reduction(). "

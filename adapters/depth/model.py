@@ -81,6 +81,7 @@ class DepthModel(nn.Module):
         widths = _stage_widths(decoder_channels, len(reductions) - 1 + plain)
         self.decoder = BilinearDecoder(channels, widths)
         self.head = nn.Conv2d(widths[-1], 1, 3, padding=1)
+        assert self.head.bias is not None
         nn.init.zeros_(self.head.bias)
         config = getattr(self.backbone, "pretrained_cfg", None) or {}
         for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):

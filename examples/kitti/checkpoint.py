@@ -68,9 +68,10 @@ class ModelSpec:
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
         """Read what `to_json` wrote."""
-        values = json.loads(text)
+        values: dict[str, Any] = json.loads(text)
         values.pop("format")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**fields)
 
     def differences(self, other: ModelSpec) -> list[str]:
         """Name the fields in which two models differ in their weights' shapes, as `field: mine, not

@@ -38,7 +38,8 @@ def _seed(random: np.random.Generator) -> int:
 
 def _pick(random: np.random.Generator, colors: tuple[tuple[float, float, float], ...]) -> tuple[float, float, float]:
     shift = random.uniform(-0.06, 0.06, 3)
-    return tuple(float(c) for c in np.clip(np.array(colors[random.integers(len(colors))]) + shift, 0.02, 1))
+    red, green, blue = np.clip(np.array(colors[random.integers(len(colors))]) + shift, 0.02, 1)
+    return float(red), float(green), float(blue)
 
 
 def _street_end(random: np.random.Generator) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

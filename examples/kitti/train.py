@@ -246,7 +246,8 @@ class Trainer:
         valid = (depth > 0) & (depth <= self.spec.max_depth)
         loss = berhu(self.model(image), depth, valid)
         if gatedprune.is_gated(self.model) and self.config.penalty:
-            loss = loss + self.model.penalty(self.config.penalty)
+            gated: Any = self.model  # is_gated has checked the class
+            loss = loss + gated.penalty(self.config.penalty)
         value = loss.item()
         if not math.isfinite(value):
             kept = f" The state of the last save is in {self.state_file}." if self.state_file else ""

@@ -68,7 +68,7 @@ def images_for(name: str, largest: int = LARGEST_INPUT) -> tuple[dict[str, Any],
     Tried on the meta device: as it is, then with timm's ``img_size``; a model that takes neither keeps its size.
     """
     model = build(name)
-    configured: tuple[int, int, int] = tuple(model.pretrained_cfg["input_size"])  # type: ignore[arg-type, index, assignment]
+    configured: tuple[int, int, int] = tuple(model.pretrained_cfg["input_size"])  # type: ignore[index]
     if max(configured[1:]) <= largest:
         return {}, configured
     for size in [largest, *(largest // patch * patch for patch in (28, 48) if largest % patch)]:

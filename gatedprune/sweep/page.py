@@ -97,7 +97,7 @@ def _left(row: Record) -> str:
     check = row.get("checks", {}).get("macs_fall", {})
     seen = check.get("note", "").partition("%")[0] if check.get("outcome") == "pass" else ""
     text = f"{row['left']:.0%}"
-    expected = row.get("checked_left", row["left"])
+    expected = float(row["left"] if row.get("checked_left") is None else row["checked_left"])
     return f"{text} ({float(seen):.0f}%)" if seen and abs(float(seen) / 100 - expected) > 0.01 else text
 
 
