@@ -9,17 +9,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import DataError, ModelError
+from ..errors import BackendError, ConfigError, DataError, ModelError
 from ..gates import Gate
 from ..sites import analyse, capture, normalise_inputs, two_samples
 from ..wrapping import GatedModel
+from . import native
 from .lowering import lower
 from .narrow import Selector
 
 __all__ = ["CompactModel", "compact"]
 
 
-def compact(gated: nn.Module, example_inputs: Any = None) -> CompactModel:
+BACKENDS = ("auto", "native", "torch")
+
+
+def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "auto") -> CompactModel:
     """The inference model of a gated one: it computes only the channels that win, for every input anew.
 
     Batch norms are folded, weights of the winners gathered, and activations stay narrow between a site's layers. It
@@ -31,14 +35,20 @@ def compact(gated: nn.Module, example_inputs: Any = None) -> CompactModel:
         example_inputs: A tensor (B, C, H, W) or a tuple of arguments to lower the model for at once; default: from the
             timm configuration. Other image sizes are lowered when they first come (a second or two each).
 
+        backend: "native": the C++ engine, for float32 on the CPU, built when first used (about 15 seconds, once);
+            "torch": plain PyTorch, anywhere; "auto": native where it can be had and the input fits it.
+
     Raises:
         ModelError: The model is not gated, or cannot be traced.
+        BackendError: ``backend="native"`` cannot be had, or is given inputs that it does not compute.
     """
+    if backend not in BACKENDS:
+        raise ConfigError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}. Got {backend!r}.")
     if not isinstance(gated, GatedModel):
         raise ModelError(
             f"compact() takes a model that gatedprune.wrap() returned. {type(gated).__name__} is not gated."
         )
-    model = CompactModel(gated)
+    model = CompactModel(gated, backend)
     model.prepare(*normalise_inputs(gated, example_inputs))
     return model
 
@@ -46,8 +56,11 @@ def compact(gated: nn.Module, example_inputs: Any = None) -> CompactModel:
 class CompactModel(nn.Module):
     """Computes only active channels; made by `compact`. Evaluation only: gradients do not flow through it."""
 
-    def __init__(self, gated: GatedModel) -> None:
+    def __init__(self, gated: GatedModel, backend: str = "auto") -> None:
         super().__init__()
+        self._asked = backend
+        if backend == "native":
+            native.load(required=True)
         source = copy.deepcopy(gated).eval().requires_grad_(False)
         # Not a submodule: its parameters live on in the lowered graphs, and it is never called.
         self.__dict__["_source"] = source
@@ -62,6 +75,18 @@ class CompactModel(nn.Module):
             key = self._lower(args)
         self._last = key
         return self._lowered[key]  # type: ignore[return-value]
+
+    @property
+    def backend(self) -> str:
+        """What computes it where it is now: "native" or "torch"."""
+        return "native" if self._native() else "torch"
+
+    def _native(self) -> bool:
+        first = next(self.__dict__["_source"].parameters(), None)
+        fits = first is not None and first.device.type == "cpu" and first.dtype is torch.float32
+        if self._asked == "native" and not fits:
+            raise BackendError("backend='native' computes float32 on the CPU. Use backend='auto' for anything else.")
+        return self._asked != "torch" and fits and native.load()
 
     def forward(self, *args: Any) -> Any:
         """Like the gated model's: any batch size, including 0; every sample has its own active channels."""
@@ -117,7 +142,7 @@ class CompactModel(nn.Module):
                 "the model was wrapped for another kind of input."
             )
         key = _key(args, not free)
-        self._lowered[key] = lower(analysis, source.gates).eval()
+        self._lowered[key] = lower(analysis, source.gates, self._native()).eval()
         return key
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompactModel:
@@ -134,7 +159,7 @@ class CompactModel(nn.Module):
         return new
 
     def extra_repr(self) -> str:
-        return f"{self.__dict__['_source']._gatedprune_base.__name__}, {len(self.gates)} gates"
+        return f"{self.__dict__['_source']._gatedprune_base.__name__}, {len(self.gates)} gates, backend={self.backend}"
 
 
 def _key(args: tuple, with_batch: bool) -> str:

@@ -101,6 +101,23 @@ def _pointwise(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | N
     return low.graph.node_copy(node, low.env.__getitem__)
 
 
+def _max_pool(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    kernel, stride, padding, dilation, ceil = (*node.args[1:], *[None] * 5)[:5]
+    if not low.native or node.kwargs or len(low.flow.shape(node)) != 4 or set(dilation or [1]) != {1}:  # type: ignore[arg-type]
+        return _pointwise(low, node, held)
+    after = _same(low, node, held[0])
+    if after is None:
+        return None
+    low.state[node] = after
+    module = narrow.MaxPool2d(_pair(kernel, 1), _pair(stride or kernel, 1), _pair(padding, 0), bool(ceil))
+    return low.module(low.name(node), module, (low.env[held[0]],))
+
+
+def _pair(value: Any, default: int) -> list[int]:
+    value = list(value) if isinstance(value, (list, tuple)) else [default if value is None else value]
+    return value * 2 if len(value) == 1 else (value or [default] * 2)
+
+
 def _keeps_dims(node: fx.Node, layout: Layout, rank: int) -> bool:
     """Whether a softmax or the like does not run over the channels."""
     if operators.op_name(node.target) not in operators.OVER_DIM:
@@ -375,6 +392,7 @@ _TABLE: dict[str, Handler] = {
     "scaled_dot_product_attention": _attention,
     "matmul": _matmul,
     "bmm": _matmul,
+    "max_pool2d": _max_pool,
     "pad": _pad,
     "constant_pad_nd": _pad,
     **dict.fromkeys(_SIZED | _SPLITTING | _UNSIZED, _move),

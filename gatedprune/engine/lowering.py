@@ -18,27 +18,32 @@ from ..gates import Gate
 from ..sites import Analysis, SiteNodes, norm_options, operators
 from . import narrow
 from .constants import Constants
+from .fusion import fuse
 from .handlers import handler_of
 from .layout import Layout, Layouts
 
 __all__ = ["lower"]
 
 
-def lower(analysis: Analysis, gates: dict[str, Gate]) -> fx.GraphModule:
+def lower(analysis: Analysis, gates: dict[str, Gate], native: bool = False) -> fx.GraphModule:
     """The graph of ``analysis`` with its gated sites computed narrow.
 
     Args:
         analysis: Of the captured eval-mode graph.
         gates: Site name → gate; sites without one stay dense.
+        native: Let the native backend compute what it can.
     """
-    return Lowering(analysis, gates).run()
+    lowering = Lowering(analysis, gates, native)
+    lowering.run()
+    fuse(lowering.root, lowering.graph, lowering.shapes())
+    return fx.GraphModule(lowering.root, lowering.graph)
 
 
 class Lowering:
     """One pass over a captured graph; ``env`` maps its nodes to lowered ones, ``state`` says how each is held."""
 
-    def __init__(self, analysis: Analysis, gates: dict[str, Gate]) -> None:
-        self.flow, self.gates = analysis.flow, gates
+    def __init__(self, analysis: Analysis, gates: dict[str, Gate], native: bool = False) -> None:
+        self.flow, self.gates, self.native = analysis.flow, gates, native
         self.sites = {name: analysis.sites[name] for name in gates}
         self.names = list(self.sites)
         self.layouts = Layouts(analysis, self.names)
@@ -58,7 +63,7 @@ class Lowering:
         for name, found in self.sites.items():
             self.gain_at.setdefault(found.gain, []).append(name)
 
-    def run(self) -> fx.GraphModule:
+    def run(self) -> None:
         source = self.flow.graph_module.graph
         self.graph.set_codegen(source._codegen)
         for node in source.nodes:
@@ -78,7 +83,15 @@ class Lowering:
         used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
         for name in [n for n, _ in self.root.named_buffers(recurse=False) if n not in used]:
             delattr(self.root, name)
-        return fx.GraphModule(self.root, self.graph)
+
+    def shapes(self) -> dict[fx.Node, tuple]:
+        """Lowered value → its shape with all channels, and which of them it has."""
+        out: dict[fx.Node, tuple] = {}
+        for node, value in self.env.items():
+            state = self.state.get(node)
+            if isinstance(node.meta.get("val"), Tensor) and not isinstance(state, tuple):
+                out[value] = (tuple(self.flow.shape(node)), None if state is None else (state.dim, *state.key))
+        return out
 
     # --- building blocks -------------------------------------------------------------------------------------------
 
@@ -147,7 +160,7 @@ class Lowering:
     def _select(self, name: str, found: SiteNodes) -> None:
         layout = self.state[found.gate_input]
         args = (self.env[found.gate_input],) if layout is None else (self.env[found.gate_input], self.index(layout))
-        both = self.module(f"{name}#gate", narrow.Selector(self.gates[name]), args)
+        both = self.module(f"{name}#gate", narrow.Selector(self.gates[name], native=self.native), args)
         self.selected[name] = tuple(self.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))  # type: ignore[assignment]
 
     # --- operators -------------------------------------------------------------------------------------------------
@@ -249,12 +262,13 @@ class Lowering:
                     gain = self._gain(layout, sites, active_only=False, ones=True)
                     value = self.graph.call_function(scale_channels, (value, gain, layout.dim))
         self.state[node] = out_layout
-        if in_layout is None and out_layout is None:
+        plain = in_layout is None and out_layout is None
+        if plain and not (self.native and name == "conv2d" and _native_when_plain(weight, options)):
             return self._apply_gain(node, self.module(self.name(node), _plain(name, weight, bias, options), (value,)))
         if name == "conv2d":
-            module: nn.Module = narrow.NarrowConv2d(weight, bias, whole_groups=grouped, **options)
+            module: nn.Module = narrow.NarrowConv2d(weight, bias, whole_groups=grouped, native=self.native, **options)
         else:
-            module = narrow.NarrowLinear(weight, bias)
+            module = narrow.NarrowLinear(weight, bias, native=self.native)
         if in_layout is not None and within is not None and len(within) < in_layout.channels:
             in_layout = self.layouts.along(within, in_layout.dim)
         weight_gain = self._gain_in_weights(node, norm, out_layout)
@@ -296,6 +310,11 @@ def _conv_options(node: fx.Node) -> dict[str, Any]:
         "dilation": pair(dilation, 1),
         "groups": 1 if groups is None else groups,
     }
+
+
+def _native_when_plain(weight: Tensor, options: dict[str, Any]) -> bool:
+    """Whether a layer with all its channels is left to the native backend too: it takes in what follows."""
+    return options["groups"] == 1
 
 
 def _plain(name: str, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> nn.Module:

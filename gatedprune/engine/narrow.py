@@ -1,7 +1,8 @@
-"""Operators over active sets, in plain PyTorch: any device, any batch, every sample with its own channels.
+"""Operators over active sets: any device, any batch, every sample with its own channels.
 
-Indices are (B, n): which channels of the full tensor the n channels of a narrow one are, ascending. The weights of the
-winners are gathered per sample and an ordinary convolution or linear layer runs on the narrow tensors.
+Indices are (B, n): which channels of the full tensor the n channels of a narrow one are, ascending. In plain PyTorch the
+weights of the winners are gathered per sample and an ordinary convolution or linear layer runs on the narrow tensors;
+the native backend reads them where they lie.
 """
 
 from __future__ import annotations
@@ -16,10 +17,19 @@ from torch import Tensor, nn
 from ..functional import channel_gain, masked_norm, per_row, subsample
 from ..gates import Gate
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu_,
+    "relu6": lambda x: F.hardtanh_(x, 0.0, 6.0),
+    "hardswish": lambda x: F.hardswish(x, inplace=True),
+    "silu": lambda x: F.silu(x, inplace=True),
+}
+
 __all__ = [
+    "ACTIVATIONS",
     "AddInto",
     "ChannelGain",
     "ChannelIndex",
+    "MaxPool2d",
     "NarrowAffine",
     "NarrowConv2d",
     "NarrowGroupNorm",
@@ -35,18 +45,32 @@ class Selector(nn.Module):
 
     The input may be narrow: then ``index`` (B, n) says which of the C_in channels it holds, and the others count as
     zero, as they are in the masked model.
+    ``subsampled``: the input is s(x) already, (B, C_in) or (B, n), which the layer before has computed by the way.
     """
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, native: bool = False) -> None:
         super().__init__()
-        self.gate = gate
+        self.gate, self.native = gate, native
+        self.subsampled = False
         self.last_active: Tensor | None = None
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        s = subsample(x, self.gate.channel_dim)
-        if index is not None:
-            s = s.new_zeros(s.shape[0], self.gate.in_channels).scatter(1, index, s)
-        active, gain, _ = self.gate.select(s)
+        gate = self.gate
+        native = self.native and _fits(x) and gate.weight.dtype is torch.float32
+        if self.subsampled:
+            s = x
+        elif native and gate.channel_dim == 1 and x.dim() > 2:
+            s = torch.ops.gatedprune.subsample(x)
+        else:
+            s = subsample(x, gate.channel_dim)
+        if native:
+            active, gain = torch.ops.gatedprune.gate(
+                s, gate.weight, gate.bias, gate.start, index, gate.active_count, gate.boost
+            )
+        else:
+            if index is not None:
+                s = s.new_zeros(s.shape[0], gate.in_channels).scatter(1, index, s)
+            active, gain, _ = gate.select(s)
         self.last_active = active
         return active, gain
 
@@ -101,21 +125,32 @@ def _per_sample(x: Tensor, samples: int, run: Callable[[Tensor, int], Tensor]) -
     return torch.cat([run(x[b * rows : (b + 1) * rows], b) for b in range(samples)])
 
 
+def _fits(x: Tensor) -> bool:
+    """Whether the native backend computes on such a tensor."""
+    return x.dtype is torch.float32 and x.device.type == "cpu"
+
+
 def _samples(*indices: Tensor | None) -> int:
-    return next(i.shape[0] for i in indices if i is not None)
+    return next((i.shape[0] for i in indices if i is not None), 1)
 
 
 class NarrowConv2d(nn.Module):
-    """A convolution over active sets, its batch norm folded in.
+    """A convolution over active sets, its batch norm folded in, and what follows it: residual, activation, subsample.
 
     Args:
         weight: (C_out, C_in/groups, kh, kw), full. bias: (C_out,) or None.
         whole_groups: Active groups are complete and others absent; False: every group has the same active channels.
+        native: Use the native backend where it can (float32 on the CPU).
+
+    Attributes:
+        activation: "" or a key of `ACTIVATIONS`, applied last.
+        subsample: Return s(y), (B, n_out), beside y.
+        inplace: The result takes the place of the residual, which nobody reads again.
 
     Forward:
         x: (B, n_in, H, W). in_index: (B, n_in/groups) of the weight's columns; None for all, and for whole groups.
-        out_index: (B, n_out) or None. gain: (B, n_out) or None, multiplied on the output (through the gathered weights,
-        which are smaller).
+        out_index: (B, n_out) or None. gain: (B, n_out) or None, multiplied on the output.
+        residual: (B, n_out, H', W') or None, added after the gain.
         Returns (B, n_out, H', W').
     """
 
@@ -123,28 +158,44 @@ class NarrowConv2d(nn.Module):
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...] | str,
-                 dilation: tuple[int, ...], groups: int, whole_groups: bool = True) -> None:  # fmt: skip
+                 dilation: tuple[int, ...], groups: int, whole_groups: bool = True,
+                 native: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.whole_groups = whole_groups and groups != 1
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.kernel_size = tuple(weight.shape[2:])
+        if isinstance(padding, str):
+            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, self.kernel_size, strict=True)]
+            padding = padding if any(t % 2 for t in total) else tuple(t // 2 for t in total)
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.native = native and not isinstance(padding, str)
+        self.activation, self.subsample, self.inplace = "", False, False
 
-    def forward(
-        self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None, gain: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
+                gain: Tensor | None = None, residual: Tensor | None = None) -> Any:  # fmt: skip
+        if self.native and _fits(x) and self.weight.dtype is torch.float32:
+            rest = (self.stride, self.padding, self.dilation, self.groups, self.whole_groups, self.activation, self.subsample)  # fmt: skip
+            if self.inplace and residual is not None:
+                y, s = residual, torch.ops.gatedprune.conv2d_into(
+                    x, self.weight, self.bias, in_index, out_index, gain, residual, *rest)  # fmt: skip
+            else:
+                y, s = torch.ops.gatedprune.conv2d(
+                    x, self.weight, self.bias, in_index, out_index, gain, residual, *rest)  # fmt: skip
+            return (y, s) if self.subsample else y
         groups = x.shape[1] // self.weight.shape[1] if self.whole_groups else self.groups
 
         def run(one: Tensor, b: int) -> Tensor:
             w, c = gather_rows(self.weight, self.bias, in_index, out_index, gain, b, grouped=self.whole_groups)
             return F.conv2d(one, w, c, self.stride, self.padding, self.dilation, groups)
 
-        return _per_sample(x, _samples(in_index, out_index), run)
+        y = _follow(_per_sample(x, _samples(in_index, out_index), run), residual, self.activation)
+        return (y, subsample(y)) if self.subsample else y
 
     def extra_repr(self) -> str:
         out, into = self.weight.shape[0], self.weight.shape[1] * self.groups
-        return f"{into}, {out}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}"
+        what = f"{into}, {out}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}"
+        return what + (f", activation={self.activation}" if self.activation else "")
 
 
 class NarrowLinear(nn.Module):
@@ -153,21 +204,34 @@ class NarrowLinear(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, native: bool = False) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+        self.native, self.activation = native, ""
 
-    def forward(
-        self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None, gain: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
+                gain: Tensor | None = None, residual: Tensor | None = None) -> Tensor:  # fmt: skip
+        if self.native and _fits(x) and self.weight.dtype is torch.float32:
+            y: Tensor = torch.ops.gatedprune.linear(
+                x, self.weight, self.bias, in_index, out_index, gain, residual, self.activation
+            )
+            return y
+
         def run(one: Tensor, b: int) -> Tensor:
             return F.linear(one, *gather_rows(self.weight, self.bias, in_index, out_index, gain, b))
 
-        return _per_sample(x, _samples(in_index, out_index), run)
+        return _follow(_per_sample(x, _samples(in_index, out_index), run), residual, self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+def _follow(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """What a layer takes in: the residual addition and the activation. y may be overwritten."""
+    if residual is not None:
+        y = y.add_(residual)
+    return ACTIVATIONS[activation](y) if activation else y
 
 
 def gather_rows(
@@ -191,6 +255,21 @@ def gather_rows(
         weight = weight * g.view(-1, *[1] * (weight.dim() - 1))
         bias = None if bias is None else bias * g
     return weight, bias
+
+
+class MaxPool2d(nn.Module):
+    """Max pooling without dilation; (B, C, H, W) → (B, C, H', W')."""
+
+    def __init__(self, kernel_size: list[int], stride: list[int], padding: list[int], ceil_mode: bool) -> None:
+        super().__init__()
+        self.options = (kernel_size, stride, padding)
+        self.ceil_mode = ceil_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _fits(x) and x.dim() == 4:
+            y: Tensor = torch.ops.gatedprune.max_pool2d(x, *self.options, self.ceil_mode)
+            return y
+        return F.max_pool2d(x, *self.options, 1, self.ceil_mode)
 
 
 class NarrowAffine(nn.Module):

@@ -199,7 +199,8 @@ def _selector(module: Selector, inputs: tuple[Tensor], output: Any) -> int:
     return _gate(module.gate, inputs, output)  # a narrow input is spread to all channels first
 
 
-def _narrow_convolution(module: NarrowConv2d, inputs: tuple[Tensor], output: Tensor) -> int:
+def _narrow_convolution(module: NarrowConv2d, inputs: tuple[Tensor], output: Any) -> int:
+    output = output[0] if module.subsample else output
     # The tensors are really narrow: their shapes tell what each sample's own channels cost.
     read = module.weight.shape[1] if module.whole_groups else inputs[0].shape[1] // module.groups
     return output.numel() * read * math.prod(module.kernel_size)

@@ -163,8 +163,9 @@ def test_nothing_is_timed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(comparison, "measure_latency", lambda *a, **k: timed.append("timed"))
     forward = NarrowConv2d.forward
 
-    def slightly_wrong(self: NarrowConv2d, x: torch.Tensor, *rest: object) -> torch.Tensor:
-        return forward(self, x, *rest) * (1 + 1e-5)
+    def slightly_wrong(self: NarrowConv2d, x: torch.Tensor, *rest: object) -> object:
+        y = forward(self, x, *rest)
+        return (y[0] * (1 + 1e-5), y[1]) if self.subsample else y * (1 + 1e-5)
 
     monkeypatch.setattr(NarrowConv2d, "forward", slightly_wrong)
     with pytest.raises(ModelError, match="does not compute what the gated model computes"):

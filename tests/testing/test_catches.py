@@ -216,8 +216,9 @@ def test_samples_that_leak_into_each_other(case: Case) -> None:
 
 def test_an_engine_whose_samples_share_indices(case: Case) -> None:
     class Sharing(NarrowConv2d):
-        def forward(self, x: Tensor, *indices: Tensor | None) -> Tensor:
-            return super().forward(x, *(None if i is None else i[:1].expand(len(x), -1) for i in indices))
+        def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
+            indices = (None if i is None else i[:1].expand(len(x), -1) for i in rest[:3])
+            return super().forward(x, *indices, *rest[3:])
 
     def share(fast: CompactModel) -> None:
         for module in fast.modules():

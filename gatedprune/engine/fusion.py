@@ -1,0 +1,137 @@
+"""Layers of a lowered graph take in what follows them: residual addition, activation, and the next gate's subsample.
+
+Each of these would read and write a whole feature map for a few operations per value.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..sites import operators
+from . import narrow
+
+__all__ = ["fuse"]
+
+_aten = torch.ops.aten
+
+
+def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple]) -> None:
+    """Fuse in place.
+
+    Args:
+        root: Holds the modules that the graph calls.
+        shapes: Value → what it holds; two values with equal entries have the same shape and channels.
+    """
+    for node in list(graph.nodes):
+        layer = _module(root, node)
+        if isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowLinear)):
+            node = _residual(root, graph, node, shapes)
+            _activation(graph, node, layer)
+    for node in list(graph.nodes):
+        if isinstance(_module(root, node), narrow.Selector):
+            _subsample(root, graph, node)
+
+
+def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
+def _activation(graph: fx.Graph, node: fx.Node, layer: Any) -> None:
+    user = _only_user(node)
+    name = None if user is None else _activation_name(user)
+    if user is None or name is None or user.args[0] is not node:
+        return
+    layer.activation = name
+    user.replace_all_uses_with(node)
+    graph.erase_node(user)
+
+
+def _activation_name(node: fx.Node) -> str | None:
+    name = operators.op_name(node.target)
+    if node.kwargs:
+        return None
+    if name == "hardtanh":
+        return "relu6" if [float(a) for a in node.args[1:3]] == [0.0, 6.0] else None  # type: ignore[arg-type]
+    return name if name in narrow.ACTIVATIONS and len(node.args) == 1 else None
+
+
+def _residual(root: nn.Module, graph: fx.Graph, node: fx.Node, shapes: dict[fx.Node, tuple]) -> fx.Node:
+    """layer(x) + other → layer(x, residual=other), where the sum stands; returns the layer's node."""
+    add = _only_user(node)
+    if add is None or operators.op_name(add.target) != "add" or add.kwargs or len(add.args) != 2:
+        return node
+    others = [a for a in add.args if a is not node]
+    if len(others) != 1 or not isinstance(others[0], fx.Node) or add.args[0] is not node and _mutates(root, add):
+        return node
+    other = others[0]
+    if node not in shapes or shapes.get(other) != shapes[node]:
+        return node
+    # The layer moves down to the sum: nothing on the way may overwrite what it reads.
+    between = node.next
+    while between is not add:
+        if _mutates(root, between):
+            return node
+        between = between.next
+    with graph.inserting_before(add):
+        new = graph.create_node("call_module", node.target, (*node.args, *[None] * (4 - len(node.args)), other), {})
+    add.replace_all_uses_with(new)
+    graph.erase_node(add)
+    graph.erase_node(node)
+    shapes[new] = shapes[other]
+    layer = _module(root, new)
+    if isinstance(layer, narrow.NarrowConv2d):
+        layer.inplace = _done_with(root, other, new)
+    return new
+
+
+def _done_with(root: nn.Module, value: fx.Node, reader: fx.Node) -> bool:
+    """Whether a layer of ours made the value, for this graph alone, and ``reader`` is the last to read it."""
+    if not isinstance(_module(root, value), narrow.NarrowConv2d):
+        return False
+    seen, node = set(), reader.next
+    while node.op != "root":
+        seen.add(node)
+        node = node.next
+    return not any(user in seen or _aliases(root, user) for user in value.users)
+
+
+def _aliases(root: nn.Module, node: fx.Node) -> bool:
+    """Whether the node's result may be its argument's memory: anything but our layers and gates."""
+    return not isinstance(_module(root, node), (narrow.NarrowConv2d, narrow.Selector, narrow.MaxPool2d))
+
+
+def _mutates(root: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(_module(root, node), narrow.AddInto)
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _subsample(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
+    """The layer that writes a gate's input computes s(x) while it has the values in registers."""
+    source, selector = node.args[0], _module(root, node)
+    assert isinstance(source, fx.Node) and isinstance(selector, narrow.Selector)
+    if source.target is operator.getitem and source.args[1] == 0:  # already does, for another gate
+        source = source.args[0]  # type: ignore[assignment]
+    layer = _module(root, source)  # type: ignore[arg-type]
+    if not isinstance(layer, narrow.NarrowConv2d) or selector.gate.channel_dim != 1:
+        return
+    if not layer.subsample:
+        layer.subsample = True
+        with graph.inserting_after(source):  # type: ignore[arg-type]
+            y = graph.call_function(operator.getitem, (source, 0))
+        source.replace_all_uses_with(y, delete_user_cb=lambda user: user is not y)  # type: ignore[union-attr]
+        y.args = (source, 0)
+    with graph.inserting_before(node):
+        s = graph.call_function(operator.getitem, (source, 1))
+    node.args = (s, *node.args[1:])
+    selector.subsampled = True

@@ -1,0 +1,369 @@
+// The indexed implicit GEMM, written once and compiled for each instruction set.
+//
+// Pixels are the vector operand, packed into aligned panels of up to MAX_NV vectors, a block of K_BLOCK rows (input
+// channel and tap) at a time so that the block stays in the first-level cache. Each weight is a scalar, broadcast from
+// where it lies: row out[r], column columns[k]. No weight is copied, so that choosing channels costs nothing.
+//
+// The including file defines GP_NS, GP_TARGET, GP_LANES and GP_MAX_NV and the row tiles GP_TILE_1 … GP_TILE_4.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "layer.h"
+
+#if defined(__clang__)
+#define GP_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define GP_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define GP_INLINE GP_TARGET static inline __attribute__((always_inline))
+
+namespace gatedprune {
+namespace GP_NS {
+
+constexpr int L = GP_LANES;
+constexpr int64_t K_BLOCK = 128;
+// A group of panels shares each weight while it is in the cache, and reads and writes longer runs of pixels.
+constexpr int64_t MAX_GROUP = 6;
+
+typedef float V __attribute__((vector_size(GP_LANES * 4)));
+typedef float VU __attribute__((vector_size(GP_LANES * 4), aligned(4), may_alias));
+typedef int32_t M __attribute__((vector_size(GP_LANES * 4)));
+
+GP_INLINE V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
+GP_INLINE void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
+GP_INLINE V splat(float s) { return s - V{}; }
+GP_INLINE V vmax(V a, V b) { return a > b ? a : b; }
+GP_INLINE V vmin(V a, V b) { return a < b ? a : b; }
+// NaN wins, as in PyTorch's pooling.
+GP_INLINE V vmax_nan(V a, V b) { return (a > b) | (a != a) ? a : b; }
+GP_INLINE V vabs(V a) { return (V)((M)a & 0x7fffffff); }
+GP_INLINE float hsum(V a) {
+  float s = 0;
+  for (int i = 0; i < L; i++) s += a[i];
+  return s;
+}
+
+// exp(x) to about 1 ulp for |x| < 87; beyond that clamped, which silu does not see.
+GP_INLINE V vexp(V x) {
+  x = vmin(vmax(x, splat(-87.f)), splat(87.f));
+  const V magic = splat(12582912.f);  // 1.5 * 2^23: rounds to the nearest integer
+  V n = (x * 1.44269504088896341f + magic);
+  M bits = (M)n;
+  n = n - magic;
+  V r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  M scale = (bits - 0x4B400000 + 127) << 23;
+  return p * (V)scale;
+}
+
+// NaN stays NaN, as in PyTorch.
+GP_INLINE V activate(V v, Activation a) {
+  const V zero = V{};
+  switch (a) {
+    case Activation::relu:
+      return v < zero ? zero : v;
+    case Activation::relu6: {
+      V w = v < zero ? zero : v;
+      return w > splat(6.f) ? splat(6.f) : w;
+    }
+    case Activation::hardswish: {
+      V w = v + 3.f;
+      w = w < zero ? zero : w;
+      w = w > splat(6.f) ? splat(6.f) : w;
+      return v * w * (1.f / 6.f);
+    }
+    case Activation::silu: {
+      V y = v / (1.f + vexp(-v));
+      return v != v ? v : y;
+    }
+    default:
+      return v;
+  }
+}
+
+// acc[r][v] (+)= sum over k of weight[r][column k] * panel[k][v].
+template <int R, int NV>
+GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int64_t n, const float* panel, float* acc,
+                           bool first) {
+  V a[R][NV];
+  const float* w[R];
+  GP_UNROLL for (int r = 0; r < R; r++) {
+    w[r] = rows[r];
+    GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = first ? V{} : *(const V*)(acc + (r * NV + v) * L);
+  }
+  for (int64_t k = 0; k < n; k++) {
+    const int64_t q = columns[k];
+    V x[NV];
+    GP_UNROLL for (int v = 0; v < NV; v++) x[v] = *(const V*)(panel + (k * NV + v) * L);
+    GP_UNROLL for (int r = 0; r < R; r++) {
+      const V s = splat(w[r][q]);
+      GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] += s * x[v];
+    }
+  }
+  GP_UNROLL for (int r = 0; r < R; r++)
+    GP_UNROLL for (int v = 0; v < NV; v++) *(V*)(acc + (r * NV + v) * L) = a[r][v];
+}
+
+typedef void (*Tile)(const float* const*, const int32_t*, int64_t, const float*, float*, bool);
+
+template <int NV, int R>
+struct Tiles {
+  static void fill(Tile* to) {
+    to[R] = &tile<R, NV>;
+    Tiles<NV, R - 1>::fill(to);
+  }
+};
+template <int NV>
+struct Tiles<NV, 0> {
+  static void fill(Tile*) {}
+};
+
+constexpr int TILE_ROWS[5] = {0, GP_TILE_1, GP_TILE_2, GP_TILE_3, GP_TILE_4};
+
+struct TileTable {
+  Tile of[5][17];
+  TileTable() {
+    Tiles<1, GP_TILE_1>::fill(of[1]);
+    Tiles<2, GP_TILE_2>::fill(of[2]);
+#if GP_MAX_NV > 2
+    Tiles<3, GP_TILE_3>::fill(of[3]);
+    Tiles<4, GP_TILE_4>::fill(of[4]);
+#endif
+  }
+};
+
+// Where the lanes of each vector of a panel come from: a map row ends inside a vector, so that a vector is put together
+// from several loads, each aligned to the lanes that it fills.
+struct Piece {
+  int64_t offset;
+  M mask;
+};
+struct Gather {
+  int64_t begin[5];
+  Piece piece[4 * (GP_LANES + 1)];
+};
+
+GP_INLINE void plan(const Layer& l, int64_t n0, int nv, Gather& g) {
+  int64_t count = 0;
+  for (int v = 0; v < nv; v++) {
+    g.begin[v] = count;
+    int64_t n = n0 + v * L;
+    for (int64_t lane = 0; lane < L && n < l.pixels;) {
+      const int64_t h = n / l.width, w = n % l.width, len = std::min<int64_t>(L - lane, l.width - w);
+      Piece& p = g.piece[count++];
+      p.offset = h * l.row_pitch + w - lane;
+      for (int64_t i = 0; i < L; i++) p.mask[i] = i >= lane ? -1 : 0;
+      lane += len;
+      n += len;
+    }
+    if (g.begin[v] == count) {  // nothing but padding
+      g.piece[count].offset = 0;
+      g.piece[count++].mask = M{};
+    }
+  }
+  g.begin[nv] = count;
+}
+
+// Rows [k0, k1) of the panel that starts at pixel n0.
+GP_INLINE void pack(const Layer& l, const Gather& g, int64_t n0, int nv, int64_t k0, int64_t k1, float* to) {
+  const int64_t width = nv * L, columns = std::min<int64_t>(width, l.pixels - n0);
+  if (l.source == Source::contiguous) {
+    const int whole = int(columns / L);
+    for (int64_t k = k0; k < k1; k++, to += width) {
+      const float* from = l.x + k * l.plane + n0;
+      int v = 0;
+      for (; v < whole; v++) *(V*)(to + v * L) = load(from + v * L);
+      for (; v < nv; v++)
+        for (int i = 0; i < L; i++) to[v * L + i] = v * L + i < columns ? from[v * L + i] : 0.f;
+    }
+  } else if (l.source == Source::padded) {
+    int64_t j = k0 / l.taps, t = k0 % l.taps;
+    for (int64_t k = k0; k < k1; k++, to += width) {
+      const float* from = l.x + j * l.plane + l.tap_offset[t];
+      for (int v = 0; v < nv; v++) {
+        const Piece* p = g.piece + g.begin[v];
+        const Piece* end = g.piece + g.begin[v + 1];
+        V x = load(from + p->offset);
+        for (p++; p < end; p++) x = p->mask ? load(from + p->offset) : x;
+        *(V*)(to + v * L) = x;
+      }
+      if (++t == l.taps) t = 0, j++;
+    }
+  } else {
+    for (int64_t n = 0; n < width; n++) {
+      const float* from = l.x + (n0 + n) * l.plane;
+      if (n < columns)
+        for (int64_t k = k0; k < k1; k++) to[(k - k0) * width + n] = from[k];
+      else
+        for (int64_t k = k0; k < k1; k++) to[(k - k0) * width + n] = 0.f;
+    }
+  }
+}
+
+// Bias, gain, residual, activation, in that order; then the store, and the sum of |y|.
+GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, int nv, float* sums) {
+  const int64_t o = l.out ? l.out[r] : l.first_row + r;
+  const V bias = splat(l.bias ? l.bias[o] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
+  const int64_t columns = std::min<int64_t>(nv * L, l.pixels - n0);
+  V sum = V{};
+  float rest = 0;
+  for (int v = 0; v < nv; v++) {
+    const int64_t n = n0 + v * L, live = std::min<int64_t>(L, columns - v * L);
+    V y = (*(const V*)(acc + v * L) + bias) * gain;
+    if (l.source == Source::tokens) {
+      for (int64_t i = 0; i < live; i++) {
+        const int64_t at = (n + i) * l.ldy + r;
+        if (l.residual) y[i] += l.residual[at];
+      }
+      y = activate(y, l.activation);
+      for (int64_t i = 0; i < live; i++) {
+        l.y[(n + i) * l.ldy + r] = y[i];
+        rest += std::fabs(y[i]);
+      }
+      continue;
+    }
+    const int64_t at = r * l.ldy + n;
+    if (live == L) {
+      if (l.residual) y += load(l.residual + at);
+      y = activate(y, l.activation);
+      store(l.y + at, y);
+      sum += vabs(y);
+    } else {
+      if (l.residual)
+        for (int64_t i = 0; i < live; i++) y[i] += l.residual[at + i];
+      y = activate(y, l.activation);
+      for (int64_t i = 0; i < live; i++) {
+        l.y[at + i] = y[i];
+        rest += std::fabs(y[i]);
+      }
+    }
+  }
+  if (sums) sums[r] += hsum(sum) + rest;
+}
+
+// More where weights do not stay in the second-level cache.
+static int64_t group_size(int64_t weight_bytes) { return weight_bytes > (512 << 10) ? MAX_GROUP : 4; }
+
+static int64_t scratch(int64_t rows, int64_t weight_bytes) {
+  const int64_t width = GP_MAX_NV * L, group = group_size(weight_bytes);
+  return group * width * (K_BLOCK + rows + 16) + 64;
+}
+
+GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* memory, float* sums) {
+  static const TileTable tiles;
+  const int64_t depth = l.channels * l.taps, rows = r1 - r0;
+  const int64_t most = group_size(4 * l.rows * l.ldw);
+  float* packed = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+  Gather gather[MAX_GROUP];
+  // Panels as equal as can be: with 13 vectors 4, 3, 3 and 3.
+  for (int64_t left = v1 - v0, v = v0; left > 0;) {
+    const int64_t panels = (left + GP_MAX_NV - 1) / GP_MAX_NV;
+    const int nv = int((left + panels - 1) / panels);
+    const int64_t alike = left % panels ? left % panels : panels;
+    const int64_t group = std::min(most, alike);
+    const int64_t width = nv * L, block = width * K_BLOCK;
+    float* acc = packed + group * block;
+    const int64_t acc_panel = rows * width;
+    if (l.source == Source::padded)
+      for (int64_t p = 0; p < group; p++) plan(l, (v + p * nv) * L, nv, gather[p]);
+    for (int64_t k0 = 0; k0 < depth || k0 == 0; k0 += K_BLOCK) {
+      const int64_t k1 = std::min(depth, k0 + K_BLOCK);
+      for (int64_t p = 0; p < group; p++) pack(l, gather[p], (v + p * nv) * L, nv, k0, k1, packed + p * block);
+      const int tall = TILE_ROWS[nv];
+      for (int64_t r = r0; r < r1;) {
+        const int height = int(std::min<int64_t>(tall, r1 - r));
+        const float* row[16];
+        for (int i = 0; i < height; i++) row[i] = l.weight + (l.out ? l.out[r + i] : l.first_row + r + i) * l.ldw;
+        for (int64_t p = 0; p < group; p++) {
+          float* a = acc + p * acc_panel + (r - r0) * width;
+          tiles.of[nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0);
+          if (k1 == depth)
+            for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, (v + p * nv) * L, nv, sums);
+        }
+        r += height;
+      }
+    }
+    v += group * nv;
+    left -= group * nv;
+  }
+}
+
+template <int NV, bool POOL>
+GP_INLINE void taps_of(const Depthwise& d, const float* from, V* a) {
+  GP_UNROLL for (int v = 0; v < NV; v++) a[v] = POOL ? load(from + d.tap_offset[0] + v * L) : V{};
+  for (int64_t t = POOL ? 1 : 0; t < d.taps; t++) {
+    const float* x = from + d.tap_offset[t];
+    const V s = POOL ? V{} : splat(d.weight[t]);
+    GP_UNROLL for (int v = 0; v < NV; v++) {
+      if (POOL)
+        a[v] = vmax_nan(load(x + v * L), a[v]);
+      else
+        a[v] += s * load(x + v * L);
+    }
+  }
+}
+
+template <bool POOL>
+GP_TARGET static void over_taps(const Depthwise& d, float* sum) {
+  V total = V{};
+  float rest = 0;
+  for (int64_t h = 0; h < d.height; h++) {
+    const float* from = d.x + h * d.row_pitch;
+    float* to = d.y + h * d.width;
+    for (int64_t w = 0; w < d.width; w += 4 * L) {
+      V a[4];
+      const int nv = int(std::min<int64_t>(4, (d.width - w + L - 1) / L));
+      if (nv == 4)
+        taps_of<4, POOL>(d, from + w, a);
+      else if (nv == 3)
+        taps_of<3, POOL>(d, from + w, a);
+      else if (nv == 2)
+        taps_of<2, POOL>(d, from + w, a);
+      else
+        taps_of<1, POOL>(d, from + w, a);
+      for (int v = 0; v < nv; v++) {
+        const V y = POOL ? a[v] : activate((a[v] + d.bias) * d.gain, d.activation);
+        const int64_t at = w + v * L, live = std::min<int64_t>(L, d.width - at);
+        if (live == L) {
+          store(to + at, y);
+          total += vabs(y);
+        } else {
+          for (int64_t i = 0; i < live; i++) {
+            to[at + i] = y[i];
+            rest += std::fabs(y[i]);
+          }
+        }
+      }
+    }
+  }
+  if (sum) *sum += hsum(total) + rest;
+}
+
+GP_TARGET static void depthwise(const Depthwise& d, float* sum) {
+  if (d.weight)
+    over_taps<false>(d, sum);
+  else
+    over_taps<true>(d, sum);
+}
+
+GP_TARGET static float abs_sum(const float* x, int64_t n) {
+  V a[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+    GP_UNROLL for (int v = 0; v < 4; v++) a[v] += vabs(load(x + i + v * L));
+  }
+  float rest = 0;
+  for (; i < n; i++) rest += std::fabs(x[i]);
+  return hsum((a[0] + a[1]) + (a[2] + a[3])) + rest;
+}
+
+}  // namespace GP_NS
+}  // namespace gatedprune

@@ -1,0 +1,70 @@
+// What a kernel needs to know of one convolution or linear layer over active sets, of one sample and one group.
+#pragma once
+#include <cstdint>
+
+namespace gatedprune {
+
+enum class Activation : int32_t { none = 0, relu = 1, relu6 = 2, hardswish = 3, silu = 4 };
+
+// Where the pixels (or tokens) of the input lie.
+enum class Source : int32_t {
+  contiguous,  // channel j: x + j * plane, pixels one after the other
+  padded,      // the same of a padded copy: pixel (h, w) of tap t at tap_offset[t] + h * row_pitch + w
+  tokens,      // token n: x + n * plane, its channels one after the other
+};
+
+struct Layer {
+  Source source;
+  const float* x;
+  int64_t plane;
+  int64_t taps;
+  const int64_t* tap_offset;  // (taps,)
+  int64_t width;              // of the output map
+  int64_t row_pitch;
+  int64_t pixels;    // N of the output
+  int64_t channels;  // K, active input channels
+  int64_t rows;      // R, active output channels
+
+  const float* weight;     // full: row o at weight + o * ldw
+  int64_t ldw;
+  const int64_t* out;      // (R,) rows of the weight, or null: row r is first_row + r
+  int64_t first_row;
+  const int32_t* columns;  // (K * taps,) offsets inside a row
+
+  const float* bias;      // full, or null
+  const float* gain;      // (R,) or null
+  const float* residual;  // like y, or null
+  Activation activation;
+  float* y;
+  int64_t ldy;  // contiguous, padded: row r at y + r * ldy. tokens: token n at y + n * ldy
+};
+
+// One channel of a depthwise convolution or, without weights, of a max pooling: x is a padded copy.
+struct Depthwise {
+  const float* x;
+  int64_t taps;
+  const int64_t* tap_offset;
+  int64_t height, width, row_pitch;
+  const float* weight;  // (taps,), or null: the maximum over taps
+  float bias, gain;
+  Activation activation;
+  float* y;
+};
+
+// Kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  int64_t lanes;
+  // Floats of scratch memory that `layer` needs for that many rows.
+  int64_t (*scratch)(int64_t rows, int64_t weight_bytes);
+  // Computes vectors [v0, v1) of `lanes` pixels and rows [r0, r1); adds each row's sum of |y| to sums if not null.
+  void (*layer)(const Layer&, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* scratch, float* sums);
+  void (*depthwise)(const Depthwise&, float* sum);
+  float (*abs_sum)(const float* x, int64_t n);
+};
+
+const Kernels* kernels_generic();
+const Kernels* kernels_avx2();    // null where the compiler does not know it
+const Kernels* kernels_avx512();  // null where the compiler does not know it
+
+}  // namespace gatedprune

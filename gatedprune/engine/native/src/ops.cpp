@@ -1,0 +1,481 @@
+// The operators: shapes are checked, memory is laid out, and the work is shared among threads. The arithmetic is in
+// kernel.inl.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "layer.h"
+
+namespace gatedprune {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels* find(const std::string& name) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (name == "avx512" || name == "best") && kernels_avx512()) return kernels_avx512();
+  if (avx2 && (name == "avx2" || name == "best") && kernels_avx2()) return kernels_avx2();
+#endif
+  return name == "generic" || name == "best" ? kernels_generic() : nullptr;
+}
+
+const Kernels& kernels() {
+  const Kernels* k = chosen.load(std::memory_order_relaxed);
+  if (!k) chosen.store(k = find("best"));
+  return *k;
+}
+
+// The instruction set in use; a name sets it, for tests and comparisons. "" where this CPU does not have it.
+std::string instruction_set(const std::string& name) {
+  if (!name.empty()) {
+    const Kernels* k = find(name);
+    if (!k) return "";
+    chosen.store(k);
+  }
+  return kernels().name;
+}
+
+Activation activation_of(c10::string_view name) {
+  if (name == "") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "relu6") return Activation::relu6;
+  if (name == "hardswish") return Activation::hardswish;
+  if (name == "silu") return Activation::silu;
+  TORCH_CHECK(false, "unknown activation ", std::string(name));
+}
+
+// Grows, and is never given back: the next layer needs it again.
+float* scratch_memory(int64_t floats) {
+  thread_local std::vector<float> memory;
+  if (int64_t(memory.size()) < floats) memory.resize(floats);
+  return memory.data();
+}
+
+void check_index(const optional<Tensor>& index, int64_t limit, const char* what) {
+  if (!index) return;
+  TORCH_CHECK(index->dim() == 2 && index->scalar_type() == at::kLong && index->device().is_cpu(), what,
+              " must be (B, n), int64, on the CPU");
+  const Tensor c = index->contiguous();
+  const int64_t* p = c.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < c.numel(); i++)
+    TORCH_CHECK_INDEX(p[i] >= 0 && p[i] < limit, what, " is ", p[i], ", outside [0, ", limit, ")");
+}
+
+optional<Tensor> contiguous(const optional<Tensor>& t) {
+  return t ? optional<Tensor>(t->contiguous()) : std::nullopt;
+}
+
+template <typename T>
+const T* row_of(const optional<Tensor>& t, int64_t row) {
+  return t ? t->const_data_ptr<T>() + row * t->size(1) : nullptr;
+}
+
+// How one sample's layer is cut into tasks: by pixels first, since rows share the packing of pixels.
+struct Cut {
+  int64_t chunks, row_cuts;
+};
+Cut cut(int64_t items, int64_t vectors, int64_t rows, double flops) {
+  const int64_t threads = at::get_num_threads();
+  if (threads == 1 || flops < 2e5 || at::in_parallel_region()) return {1, 1};
+  const int64_t wanted = items >= 4 * threads ? 1 : (threads + items - 1) / items;
+  const int64_t chunks = std::max<int64_t>(1, std::min(wanted, (vectors + 1) / 2));
+  const int64_t row_cuts = std::max<int64_t>(1, std::min((wanted + chunks - 1) / chunks, rows / 12));
+  return {chunks, row_cuts};
+}
+
+template <typename F>
+void for_all(int64_t tasks, double flops, const F& run) {
+  at::parallel_for(0, tasks, flops < 2e5 ? tasks : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) run(i);
+  });
+}
+
+// A copy of each channel with its padding, so that a kernel needs no edges. Columns are sorted by their remainder
+// modulo the stride: a tap's columns are then contiguous.
+struct Padded {
+  Tensor memory;
+  int64_t plane = 0, row_pitch = 0;
+  std::vector<int64_t> tap_offset;
+};
+
+Padded padded_copy(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                   at::IntArrayRef dilation, int64_t height, int64_t width, float fill = 0.f) {
+  const int64_t H = x.size(2), W = x.size(3), sh = stride[0], sw = stride[1];
+  const int64_t reach = (kernel[1] - 1) * dilation[1] + 1, phases = std::min(sw, reach);
+  const int64_t columns = ((width - 1) * sw + reach + sw - 1) / sw, pitch = phases * columns;
+  const bool all_rows = kernel[0] > 1;
+  const int64_t step = all_rows ? 1 : sh;
+  const int64_t rows = all_rows ? (height - 1) * sh + (kernel[0] - 1) * dilation[0] + 1 : height;
+  Padded p;
+  p.plane = rows * pitch;
+  p.row_pitch = (all_rows ? sh : 1) * pitch;
+  for (int64_t i = 0; i < kernel[0]; i++)
+    for (int64_t j = 0; j < kernel[1]; j++) {
+      const int64_t c = j * dilation[1];
+      p.tap_offset.push_back(i * dilation[0] * pitch + (c % sw) * columns + c / sw);
+    }
+  const int64_t planes = x.size(0) * x.size(1), slack = 64;
+  p.memory = at::empty({planes * p.plane + slack}, x.options());
+  const float* from = x.const_data_ptr<float>();
+  float* to = p.memory.mutable_data_ptr<float>();
+  std::fill(to + planes * p.plane, to + planes * p.plane + slack, 0.f);
+  const int64_t ph = padding[0], pw = padding[1];
+  at::parallel_for(0, planes, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.plane)), [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; i++)
+      for (int64_t r = 0; r < rows; r++) {
+        float* row = to + i * p.plane + r * pitch;
+        const int64_t h = r * step - ph;
+        if (h < 0 || h >= H) {
+          std::fill(row, row + pitch, fill);
+          continue;
+        }
+        const float* src = from + (i * H + h) * W;
+        if (sw == 1) {
+          const int64_t left = std::min(pw, columns), live = std::max<int64_t>(0, std::min(W, columns - left));
+          std::fill(row, row + left, fill);
+          std::memcpy(row + left, src, live * sizeof(float));
+          std::fill(row + left + live, row + columns, fill);
+        } else {
+          for (int64_t f = 0; f < phases; f++)
+            for (int64_t q = 0; q < columns; q++) {
+              const int64_t w = q * sw + f - pw;
+              row[f * columns + q] = w >= 0 && w < W ? src[w] : fill;
+            }
+        }
+      }
+  });
+  return p;
+}
+
+// Convolution over active sets, then bias, gain, residual and activation → y (B, n_out, H', W') and, if `mean`, the mean
+// of |y| over the pixels (B, n_out), which the next gate reads.
+// `inplace`: the result takes the place of the residual.
+std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& bias_,
+                                  const optional<Tensor>& in_index_, const optional<Tensor>& out_index_,
+                                  const optional<Tensor>& gain_, const optional<Tensor>& residual_,
+                                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                  int64_t groups, bool whole_groups, c10::string_view activation, bool mean, bool inplace) {
+  TORCH_CHECK(x_.dim() == 4 && weight_.dim() == 4 && x_.scalar_type() == at::kFloat &&
+                  weight_.scalar_type() == at::kFloat,
+              "x and weight must be four-dimensional and float32");
+  TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding and dilation are pairs");
+  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+  const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
+             residual = contiguous(residual_);
+  const int64_t B = x.size(0), cg = weight.size(1), taps = weight.size(2) * weight.size(3);
+  const int64_t out_all = weight.size(0), R_all = out_index ? out_index->size(1) : out_all;
+  int64_t G = groups;
+  if (whole_groups && groups > 1) {
+    TORCH_CHECK(!in_index, "whole groups are named by out_index alone");
+    TORCH_CHECK(x.size(1) % cg == 0, "x holds ", x.size(1), " channels, no multiple of a group's ", cg);
+    G = x.size(1) / cg;
+  }
+  const int64_t K = in_index ? in_index->size(1) : cg;
+  TORCH_CHECK(G >= 1 && x.size(1) == K * G, "x has ", x.size(1), " channels where ", K * G, " are active");
+  TORCH_CHECK(R_all % G == 0, R_all, " active outputs do not divide among ", G, " groups");
+  const int64_t R = R_all / G;
+  check_index(in_index, cg, "in_index");
+  check_index(out_index, out_all, "out_index");
+  const int64_t rows_of_index = in_index ? in_index->size(0) : out_index ? out_index->size(0) : 1;
+  TORCH_CHECK(!in_index || !out_index || in_index->size(0) == out_index->size(0), "indices of different batches");
+  TORCH_CHECK(rows_of_index >= 1 && B % rows_of_index == 0, B, " rows of x for ", rows_of_index, " samples");
+  const int64_t repeat = B / rows_of_index;
+  optional<Tensor> gain;
+  if (gain_) gain = gain_->to(at::kFloat).contiguous();
+  TORCH_CHECK(!gain || (gain->size(0) == rows_of_index && gain->size(1) == R_all), "gain must be (B, n_out)");
+  TORCH_CHECK(!bias || bias->numel() == out_all, "bias must be (C_out,)");
+
+  auto size = [&](int d) {
+    return (x.size(d + 2) + 2 * padding[d] - dilation[d] * (weight.size(d + 2) - 1) - 1) / stride[d] + 1;
+  };
+  const int64_t Ho = size(0), Wo = size(1), N = Ho * Wo;
+  TORCH_CHECK(Ho > 0 && Wo > 0, "the kernel is larger than the padded input");
+  Tensor y = inplace ? *residual : at::empty({B, R_all, Ho, Wo}, x.options());
+  TORCH_CHECK(y.dim() == 4 && y.size(0) == B && y.size(1) == R_all && y.size(2) == Ho && y.size(3) == Wo &&
+                  y.scalar_type() == at::kFloat,
+              "residual has another shape or type than the output");
+  TORCH_CHECK(!residual || residual->sizes() == y.sizes(), "residual has another shape than the output");
+  Tensor total = mean ? at::zeros({B, R_all}, x.options()) : at::empty({0}, x.options());
+  if (y.numel() == 0) return {y, total};
+
+  const bool direct = taps == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
+  Padded p;
+  if (!direct) p = padded_copy(x, weight.sizes().slice(2), stride, padding, dilation, Ho, Wo);
+  const float* source = direct ? x.const_data_ptr<float>() : p.memory.const_data_ptr<float>();
+  const int64_t plane = direct ? N : p.plane;
+  const Activation act = activation_of(activation);
+  const Kernels& kernel = kernels();
+  const double flops = 2.0 * B * R_all * K * taps * N;
+  const float* w = weight.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  float* sum_of = mean ? total.mutable_data_ptr<float>() : nullptr;
+
+  if (!direct && K == 1 && R == 1 && !residual) {
+    for_all(B * G, flops, [&](int64_t i) {
+      const int64_t b = i / G, r = i % G, s = b / repeat;
+      const int64_t o = out_index ? row_of<int64_t>(out_index, s)[r] : r;
+      const int64_t column = in_index ? row_of<int64_t>(in_index, s)[0] : 0;
+      const Depthwise d{source + i * plane, taps, p.tap_offset.data(), Ho, Wo, p.row_pitch,
+                        w + (o * cg + column) * taps, bias ? bias->const_data_ptr<float>()[o] : 0.f,
+                        gain ? row_of<float>(gain, s)[r] : 1.f, act, out + i * N};
+      kernel.depthwise(d, sum_of ? sum_of + i : nullptr);
+    });
+    if (mean) total.div_(N);
+    return {y, total};
+  }
+
+  std::vector<int32_t> columns(rows_of_index * K * taps);
+  for (int64_t s = 0; s < rows_of_index; s++)
+    for (int64_t j = 0; j < K; j++)
+      for (int64_t t = 0; t < taps; t++)
+        columns[(s * K + j) * taps + t] = int32_t((in_index ? row_of<int64_t>(in_index, s)[j] : j) * taps + t);
+
+  const int64_t vectors = (N + kernel.lanes - 1) / kernel.lanes, ldw = cg * taps;
+  const Cut c = cut(B * G, vectors, R, flops);
+  Tensor partial;
+  if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
+  const int64_t need = kernel.scratch(R, 4 * R * ldw);
+  for_all(B * G * c.chunks * c.row_cuts, flops, [&](int64_t i) {
+    const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
+    const int64_t b = item / G, g = item % G, s = b / repeat;
+    Layer l;
+    l.source = direct ? Source::contiguous : Source::padded;
+    l.x = source + (b * G + g) * K * plane;
+    l.plane = plane;
+    l.taps = taps;
+    l.tap_offset = p.tap_offset.data();
+    l.width = Wo;
+    l.row_pitch = p.row_pitch;
+    l.pixels = N;
+    l.channels = K;
+    l.rows = R;
+    l.weight = w;
+    l.ldw = ldw;
+    l.out = out_index ? row_of<int64_t>(out_index, s) + g * R : nullptr;
+    l.first_row = g * R;
+    l.columns = columns.data() + s * K * taps;
+    l.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+    l.gain = gain ? row_of<float>(gain, s) + g * R : nullptr;
+    const int64_t at = (b * R_all + g * R) * N;
+    l.residual = residual ? residual->const_data_ptr<float>() + at : nullptr;
+    l.activation = act;
+    l.y = out + at;
+    l.ldy = N;
+    float* to = !mean ? nullptr : c.chunks > 1 ? partial.mutable_data_ptr<float>() + chunk * B * R_all : sum_of;
+    kernel.layer(l, vectors * chunk / c.chunks, vectors * (chunk + 1) / c.chunks, R * row_cut / c.row_cuts,
+                 R * (row_cut + 1) / c.row_cuts, scratch_memory(need), to ? to + b * R_all + g * R : nullptr);
+  });
+  if (partial.defined()) at::sum_out(total, partial, {0});
+  if (mean) total.div_(N);
+  return {y, total};
+}
+
+std::tuple<Tensor, Tensor> conv2d(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
+                                  const optional<Tensor>& in_index, const optional<Tensor>& out_index,
+                                  const optional<Tensor>& gain, const optional<Tensor>& residual,
+                                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                  int64_t groups, bool whole_groups, c10::string_view activation, bool mean) {
+  return convolve(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups, whole_groups,
+                  activation, mean, false);
+}
+
+// The same, its result in the place of the residual; returns the mean.
+Tensor conv2d_into(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
+                   const optional<Tensor>& in_index, const optional<Tensor>& out_index, const optional<Tensor>& gain,
+                   const Tensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                   int64_t groups, bool whole_groups, c10::string_view activation, bool mean) {
+  auto [y, s] = convolve(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups,
+                         whole_groups, activation, mean, true);
+  if (!y.is_same(residual)) residual.copy_(y);
+  return s;
+}
+
+// Max pooling, (B, C, H, W) → (B, C, H', W'): PyTorch's own is not vectorised over pixels.
+Tensor max_pool2d(const Tensor& x_, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                  bool ceil_mode) {
+  TORCH_CHECK(x_.dim() == 4 && x_.scalar_type() == at::kFloat, "x must be (B, C, H, W), float32");
+  const Tensor x = x_.contiguous();
+  auto size = [&](int d) {
+    const int64_t room = x.size(d + 2) + 2 * padding[d] - kernel[d];
+    int64_t n = (room + (ceil_mode ? stride[d] - 1 : 0)) / stride[d] + 1;
+    if (ceil_mode && (n - 1) * stride[d] >= x.size(d + 2) + padding[d]) n--;
+    return room < 0 ? 0 : n;
+  };
+  const int64_t Ho = size(0), Wo = size(1);
+  TORCH_CHECK(Ho > 0 && Wo > 0, "the window is larger than the padded input");
+  Tensor y = at::empty({x.size(0), x.size(1), Ho, Wo}, x.options());
+  if (y.numel() == 0) return y;
+  const Padded p =
+      padded_copy(x, kernel, stride, padding, {1, 1}, Ho, Wo, -std::numeric_limits<float>::infinity());
+  const float* from = p.memory.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  const Kernels& kernels_ = kernels();
+  for_all(x.size(0) * x.size(1), double(y.numel()) * kernel[0] * kernel[1], [&](int64_t i) {
+    kernels_.depthwise({from + i * p.plane, kernel[0] * kernel[1], p.tap_offset.data(), Ho, Wo, p.row_pitch, nullptr,
+                        0.f, 1.f, Activation::none, to + i * Ho * Wo},
+                       nullptr);
+  });
+  return y;
+}
+
+Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& bias_, const optional<Tensor>& in_index_,
+              const optional<Tensor>& out_index_, const optional<Tensor>& gain_, const optional<Tensor>& residual_,
+              c10::string_view activation) {
+  TORCH_CHECK(x_.dim() >= 1 && weight_.dim() == 2 && x_.scalar_type() == at::kFloat &&
+                  weight_.scalar_type() == at::kFloat,
+              "x must be (…, n_in) and weight (C_out, C_in), float32");
+  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+  const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
+             residual = contiguous(residual_);
+  const int64_t K = x.size(-1), R = out_index ? out_index->size(1) : weight.size(0), ldw = weight.size(1);
+  TORCH_CHECK(K == (in_index ? in_index->size(1) : ldw), "x has ", K, " channels where ",
+              in_index ? in_index->size(1) : ldw, " are active");
+  check_index(in_index, ldw, "in_index");
+  check_index(out_index, weight.size(0), "out_index");
+  const int64_t B = in_index ? in_index->size(0) : out_index ? out_index->size(0) : 1;
+  TORCH_CHECK(!in_index || !out_index || in_index->size(0) == out_index->size(0), "indices of different batches");
+  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias must be (C_out,)");
+  optional<Tensor> gain;
+  if (gain_) gain = gain_->to(at::kFloat).contiguous();
+  TORCH_CHECK(!gain || (gain->size(0) == B && gain->size(1) == R), "gain must be (B, n_out)");
+  auto shape = x.sizes().vec();
+  shape.back() = R;
+  Tensor y = at::empty(shape, x.options());
+  TORCH_CHECK(!residual || residual->sizes() == y.sizes(), "residual has another shape than the output");
+  if (y.numel() == 0) return y;
+  TORCH_CHECK(K > 0 && x.numel() / K % B == 0, "the rows of x do not divide among ", B, " samples");
+  const int64_t T = x.numel() / K / B;
+
+  std::vector<int32_t> columns(B * K);
+  for (int64_t s = 0; s < B; s++)
+    for (int64_t j = 0; j < K; j++) columns[s * K + j] = int32_t(in_index ? row_of<int64_t>(in_index, s)[j] : j);
+  const Kernels& kernel = kernels();
+  const Activation act = activation_of(activation);
+  const double flops = 2.0 * B * T * K * R;
+  const int64_t vectors = (T + kernel.lanes - 1) / kernel.lanes, need = kernel.scratch(R, 4 * R * ldw);
+  const Cut c = cut(B, vectors, R, flops);
+  const float* from = x.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  for_all(B * c.chunks * c.row_cuts, flops, [&](int64_t i) {
+    const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, s = i / c.row_cuts / c.chunks;
+    Layer l{};
+    l.source = Source::tokens;
+    l.x = from + s * T * K;
+    l.plane = K;
+    l.taps = 1;
+    l.width = l.pixels = T;
+    l.channels = K;
+    l.rows = R;
+    l.weight = weight.const_data_ptr<float>();
+    l.ldw = ldw;
+    l.out = row_of<int64_t>(out_index, s);
+    l.columns = columns.data() + s * K;
+    l.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+    l.gain = row_of<float>(gain, s);
+    l.residual = residual ? residual->const_data_ptr<float>() + s * T * R : nullptr;
+    l.activation = act;
+    l.y = out + s * T * R;
+    l.ldy = R;
+    kernel.layer(l, vectors * chunk / c.chunks, vectors * (chunk + 1) / c.chunks, R * row_cut / c.row_cuts,
+                 R * (row_cut + 1) / c.row_cuts, scratch_memory(need), nullptr);
+  });
+  return y;
+}
+
+// Mean of |x| over the pixels of each channel: (B, C, …) → (B, C).
+Tensor subsample(const Tensor& x_) {
+  TORCH_CHECK(x_.dim() >= 2 && x_.scalar_type() == at::kFloat, "x must be (B, C, …), float32");
+  const Tensor x = x_.contiguous();
+  Tensor s = at::empty({x.size(0), x.size(1)}, x.options());
+  const int64_t rows = s.numel(), n = rows ? x.numel() / rows : 0;
+  const float* from = x.const_data_ptr<float>();
+  float* to = s.mutable_data_ptr<float>();
+  const Kernels& kernel = kernels();
+  at::parallel_for(0, rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, n)), [&](int64_t b, int64_t e) {
+    // In pieces, so that rounding does not grow with the map.
+    for (int64_t i = b; i < e; i++) {
+      double sum = 0;
+      for (int64_t j = 0; j < n; j += 4096) sum += kernel.abs_sum(from + i * n + j, std::min<int64_t>(4096, n - j));
+      to[i] = float(sum / n);
+    }
+  });
+  return s;
+}
+
+// Saliency and winner-takes-all: s (B, C_in or n) → active set (B, k), ascending, and gain (B, k).
+std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Tensor& bias, const Tensor& start,
+                                const optional<Tensor>& index, int64_t k, bool boost) {
+  Tensor s = s_;
+  if (index) s = at::zeros({s.size(0), weight.size(1)}, s.options()).scatter_(1, *index, s_);
+  const Tensor g = at::linear(s, weight, bias).relu_().contiguous(), from = start.contiguous();
+  const int64_t B = g.size(0), C = g.size(1);
+  TORCH_CHECK(g.scalar_type() == at::kFloat, "the gate must be float32");
+  TORCH_CHECK(k >= 1 && k <= C, "k must be in [1, ", C, "]");
+  Tensor active = at::empty({B, k}, g.options().dtype(at::kLong)), gain = at::empty({B, k}, g.options());
+  std::vector<int64_t> order(C);
+  for (int64_t b = 0; b < B; b++) {
+    const float* v = g.const_data_ptr<float>() + b * C;
+    const float* at_start = from.const_data_ptr<float>();
+    std::iota(order.begin(), order.end(), 0);
+    if (k < C)  // largest first, ties to the lower index; NaN counts as largest, as in torch.sort
+      std::nth_element(order.begin(), order.begin() + k, order.end(), [v](int64_t i, int64_t j) {
+        const bool ni = v[i] != v[i], nj = v[j] != v[j];
+        if (ni || nj) return ni != nj ? ni : i < j;
+        return v[i] != v[j] ? v[i] > v[j] : i < j;
+      });
+    int64_t* to = active.mutable_data_ptr<int64_t>() + b * k;
+    std::copy(order.begin(), order.begin() + k, to);
+    std::sort(to, to + k);
+    float* f = gain.mutable_data_ptr<float>() + b * k;
+    for (int64_t j = 0; j < k; j++) {
+      const float one = 1 + (v[to[j]] - at_start[to[j]]);
+      f[j] = !boost ? 1.f : one < 0 ? 0.f : one;
+    }
+  }
+  return {active, gain};
+}
+
+}  // namespace
+}  // namespace gatedprune
+
+TORCH_LIBRARY(gatedprune, m) {
+  m.def(
+      "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
+      "Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups, bool whole_groups, "
+      "str activation, bool mean) -> (Tensor, Tensor)");
+  m.def(
+      "conv2d_into(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
+      "Tensor(a!) residual, int[2] stride, int[2] padding, int[2] dilation, int groups, bool whole_groups, "
+      "str activation, bool mean) -> Tensor");
+  m.def("max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
+      "Tensor? residual, str activation) -> Tensor");
+  m.def("subsample(Tensor x) -> Tensor");
+  m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor? index, int k, bool boost) -> (Tensor, Tensor)");
+  m.def("instruction_set(str name) -> str", &gatedprune::instruction_set);
+}
+
+TORCH_LIBRARY_IMPL(gatedprune, CPU, m) {
+  m.impl("conv2d", &gatedprune::conv2d);
+  m.impl("conv2d_into", &gatedprune::conv2d_into);
+  m.impl("max_pool2d", &gatedprune::max_pool2d);
+  m.impl("linear", &gatedprune::linear);
+  m.impl("subsample", &gatedprune::subsample);
+  m.impl("gate", &gatedprune::gate);
+}
