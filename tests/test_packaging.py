@@ -79,7 +79,7 @@ def test_wheel_holds_the_library_and_no_tests(root: Path, monkeypatch: pytest.Mo
     assert {"gatedprune/__init__.py", "gatedprune/py.typed", "gatedprune/adapters/__init__.py"} <= outputs
     assert all(name.startswith("gatedprune/") for name in outputs), "nothing may land outside gatedprune"
     assert not [name for name in outputs if "test_" in name or "conftest" in name]
-    assert {Path(name).suffix for name in outputs} == {".py", ".typed"}
+    assert {Path(name).suffix for name in outputs} == {".py", ".typed", ".cpp", ".h", ".inl"}
 
 
 def test_extras_are_what_the_docs_promise(config: configparser.ConfigParser) -> None:
