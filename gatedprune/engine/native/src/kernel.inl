@@ -90,9 +90,12 @@ GP_INLINE V activate(V v, Activation a) {
 }
 
 // acc[r][v] (+)= sum over k of weight[r][column k] * panel[k][v].
+//
+// Weights come from memory, in runs too short for the hardware to foresee: meanwhile the rows `ahead` are fetched, which
+// the next tile will read at `ahead_columns`.
 template <int R, int NV>
 GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int64_t n, const float* panel, float* acc,
-                           bool first) {
+                           bool first, const float* const* ahead, const int32_t* ahead_columns) {
   V a[R][NV];
   const float* w[R];
   GP_UNROLL for (int r = 0; r < R; r++) {
@@ -101,6 +104,10 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
   }
   for (int64_t k = 0; k < n; k++) {
     const int64_t q = columns[k];
+    if (ahead && k % 4 == 0) {
+      const int64_t next = ahead_columns[k];
+      GP_UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + next);
+    }
     V x[NV];
     GP_UNROLL for (int v = 0; v < NV; v++) x[v] = *(const V*)(panel + (k * NV + v) * L);
     GP_UNROLL for (int r = 0; r < R; r++) {
@@ -112,7 +119,8 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
     GP_UNROLL for (int v = 0; v < NV; v++) *(V*)(acc + (r * NV + v) * L) = a[r][v];
 }
 
-typedef void (*Tile)(const float* const*, const int32_t*, int64_t, const float*, float*, bool);
+typedef void (*Tile)(const float* const*, const int32_t*, int64_t, const float*, float*, bool, const float* const*,
+                     const int32_t*);
 
 template <int NV, int R>
 struct Tiles {
@@ -257,6 +265,10 @@ static int64_t scratch(int64_t rows, int64_t weight_bytes) {
   return group * width * (K_BLOCK + rows + 16) + 64;
 }
 
+GP_INLINE const float* row_of(const Layer& l, int64_t r) {
+  return l.weight + (l.out ? l.out[r] : l.first_row + r) * l.ldw;
+}
+
 GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* memory, float* sums) {
   static const TileTable tiles;
   const int64_t depth = l.channels * l.taps, rows = r1 - r0;
@@ -280,11 +292,18 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
       const int tall = TILE_ROWS[nv];
       for (int64_t r = r0; r < r1;) {
         const int height = int(std::min<int64_t>(tall, r1 - r));
-        const float* row[16];
-        for (int i = 0; i < height; i++) row[i] = l.weight + (l.out ? l.out[r + i] : l.first_row + r + i) * l.ldw;
+        const float *row[16], *ahead[16];
+        // The next rows; after the last ones the first ones again, further right.
+        const bool wrap = r + height >= r1, more = !wrap || k1 + (k1 - k0) <= depth;
+        const int64_t from = wrap ? r0 : r + height;
+        for (int i = 0; i < height; i++) {
+          row[i] = row_of(l, r + i);
+          ahead[i] = row_of(l, std::min(from + i, r1 - 1));
+        }
         for (int64_t p = 0; p < group; p++) {
           float* a = acc + p * acc_panel + (r - r0) * width;
-          tiles.of[nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0);
+          tiles.of[nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0,
+                               p == 0 && more ? ahead : nullptr, l.columns + (wrap ? k1 : k0));
           if (k1 == depth)
             for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, (v + p * nv) * L, nv, sums);
         }
