@@ -59,8 +59,8 @@ class Selector(nn.Module):
         native = self.native and _fits(x) and gate.weight.dtype is torch.float32
         if self.subsampled:
             s = x
-        elif native and gate.channel_dim == 1 and x.dim() > 2:
-            s = torch.ops.gatedprune.subsample(x)
+        elif native and x.dim() > 2 and gate.channel_dim % x.dim() in (1, x.dim() - 1):
+            s = torch.ops.gatedprune.subsample(x, gate.channel_dim % x.dim())
         else:
             s = subsample(x, gate.channel_dim)
         if native:

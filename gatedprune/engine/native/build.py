@@ -176,8 +176,8 @@ def _register_fakes() -> None:
         return x.new_empty(*x.shape[:-1], weight.shape[0] if out_index is None else out_index.shape[1])
 
     @torch.library.register_fake("gatedprune::subsample")
-    def subsample(x):
-        return x.new_empty(x.shape[0], x.shape[1])
+    def subsample(x, channel_dim):
+        return x.new_empty(x.shape[0], x.shape[channel_dim])
 
     @torch.library.register_fake("gatedprune::gate")
     def gate(s, weight, bias, start, index, k, boost):

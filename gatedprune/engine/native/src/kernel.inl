@@ -45,6 +45,39 @@ GP_INLINE float hsum(V a) {
   return s;
 }
 
+// Blocks of 4 × 4 for turning tokens into columns and back.
+typedef float Q __attribute__((vector_size(16)));
+typedef float QU __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__clang__)
+#define GP_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t QM __attribute__((vector_size(16)));
+#define GP_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, QM{i, j, k, l})
+#endif
+// to[j * to_pitch + i] = from[i * from_pitch + j] for i, j < 4.
+GP_INLINE void transpose4(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
+  const Q a = *(const QU*)from, b = *(const QU*)(from + from_pitch), c = *(const QU*)(from + 2 * from_pitch),
+          d = *(const QU*)(from + 3 * from_pitch);
+  const Q ab = GP_SHUFFLE(a, b, 0, 4, 1, 5), cd = GP_SHUFFLE(c, d, 0, 4, 1, 5);
+  const Q AB = GP_SHUFFLE(a, b, 2, 6, 3, 7), CD = GP_SHUFFLE(c, d, 2, 6, 3, 7);
+  *(QU*)to = GP_SHUFFLE(ab, cd, 0, 1, 4, 5);
+  *(QU*)(to + to_pitch) = GP_SHUFFLE(ab, cd, 2, 3, 6, 7);
+  *(QU*)(to + 2 * to_pitch) = GP_SHUFFLE(AB, CD, 0, 1, 4, 5);
+  *(QU*)(to + 3 * to_pitch) = GP_SHUFFLE(AB, CD, 2, 3, 6, 7);
+}
+GP_INLINE void transpose(const float* from, int64_t rows, int64_t columns, int64_t from_pitch, float* to,
+                         int64_t to_pitch) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    int64_t j = 0;
+    for (; j + 4 <= columns; j += 4) transpose4(from + i * from_pitch + j, from_pitch, to + j * to_pitch + i, to_pitch);
+    for (; j < columns; j++)
+      for (int64_t k = i; k < i + 4; k++) to[j * to_pitch + k] = from[k * from_pitch + j];
+  }
+  for (; i < rows; i++)
+    for (int64_t j = 0; j < columns; j++) to[j * to_pitch + i] = from[i * from_pitch + j];
+}
+
 // exp(x) to about 1 ulp for |x| < 87; beyond that clamped, which silu does not see.
 GP_INLINE V vexp(V x) {
   x = vmin(vmax(x, splat(-87.f)), splat(87.f));
@@ -206,13 +239,9 @@ GP_INLINE void pack(const Layer& l, const Gather& g, int64_t n0, int nv, int64_t
       if (++t == l.taps) t = 0, j++;
     }
   } else {
-    for (int64_t n = 0; n < width; n++) {
-      const float* from = l.x + (n0 + n) * l.plane;
-      if (n < columns)
-        for (int64_t k = k0; k < k1; k++) to[(k - k0) * width + n] = from[k];
-      else
-        for (int64_t k = k0; k < k1; k++) to[(k - k0) * width + n] = 0.f;
-    }
+    transpose(l.x + n0 * l.plane + k0, columns, k1 - k0, l.plane, to, width);
+    for (int64_t k = 0; k < k1 - k0; k++)
+      for (int64_t n = columns; n < width; n++) to[k * width + n] = 0.f;
   }
 }
 
@@ -224,21 +253,8 @@ GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, i
   V sum = V{};
   float rest = 0;
   for (int v = 0; v < nv; v++) {
-    const int64_t n = n0 + v * L, live = std::min<int64_t>(L, columns - v * L);
+    const int64_t at = r * l.ldy + n0 + v * L, live = std::min<int64_t>(L, columns - v * L);
     V y = (*(const V*)(acc + v * L) + bias) * gain;
-    if (l.source == Source::tokens) {
-      for (int64_t i = 0; i < live; i++) {
-        const int64_t at = (n + i) * l.ldy + r;
-        if (l.residual) y[i] += l.residual[at];
-      }
-      y = activate(y, l.activation);
-      for (int64_t i = 0; i < live; i++) {
-        l.y[(n + i) * l.ldy + r] = y[i];
-        rest += std::fabs(y[i]);
-      }
-      continue;
-    }
-    const int64_t at = r * l.ldy + n;
     if (live == L) {
       if (l.residual) y += load(l.residual + at);
       y = activate(y, l.activation);
@@ -255,6 +271,24 @@ GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, i
     }
   }
   if (sums) sums[r] += hsum(sum) + rest;
+}
+
+// The same for tokens, all rows [r0, r1) of a panel at once: they lie side by side.
+GP_INLINE void finish_tokens(const Layer& l, float* acc, int64_t r0, int64_t r1, int64_t n0, int nv) {
+  const int64_t width = nv * L, columns = std::min<int64_t>(width, l.pixels - n0);
+  for (int64_t r = r0; r < r1; r++) {
+    const int64_t o = l.out ? l.out[r] : l.first_row + r;
+    const V bias = splat(l.bias ? l.bias[o] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
+    float* a = acc + (r - r0) * width;
+    for (int v = 0; v < nv; v++) {
+      V y = (*(const V*)(a + v * L) + bias) * gain;
+      if (l.residual)
+        for (int64_t i = 0; i < std::min<int64_t>(L, columns - v * L); i++)
+          y[i] += l.residual[(n0 + v * L + i) * l.ldy + r];
+      *(V*)(a + v * L) = activate(y, l.activation);
+    }
+  }
+  transpose(acc, r1 - r0, columns, width, l.y + n0 * l.ldy + r0, l.ldy);
 }
 
 // More where weights do not stay in the second-level cache.
@@ -304,12 +338,14 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
           float* a = acc + p * acc_panel + (r - r0) * width;
           tiles.of[nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0,
                                p == 0 && more ? ahead : nullptr, l.columns + (wrap ? k1 : k0));
-          if (k1 == depth)
+          if (k1 == depth && l.source != Source::tokens)
             for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, (v + p * nv) * L, nv, sums);
         }
         r += height;
       }
     }
+    if (l.source == Source::tokens)
+      for (int64_t p = 0; p < group; p++) finish_tokens(l, acc + p * acc_panel, r0, r1, (v + p * nv) * L, nv);
     v += group * nv;
     left -= group * nv;
   }
@@ -371,6 +407,15 @@ GP_TARGET static void depthwise(const Depthwise& d, float* sum) {
     over_taps<false>(d, sum);
   else
     over_taps<true>(d, sum);
+}
+
+// sums[c] += sum over tokens of |x[t][c]|.
+GP_TARGET static void abs_sum_tokens(const float* x, int64_t tokens, int64_t channels, float* sums) {
+  for (int64_t t = 0; t < tokens; t++, x += channels) {
+    int64_t c = 0;
+    for (; c + L <= channels; c += L) store(sums + c, load(sums + c) + vabs(load(x + c)));
+    for (; c < channels; c++) sums[c] += std::fabs(x[c]);
+  }
 }
 
 GP_TARGET static float abs_sum(const float* x, int64_t n) {

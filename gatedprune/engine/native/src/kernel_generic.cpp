@@ -19,7 +19,8 @@
 
 namespace gatedprune {
 const Kernels* kernels_generic() {
-  static const Kernels all{"generic", generic::L, &generic::scratch, &generic::layer, &generic::depthwise, &generic::abs_sum};
+  static const Kernels all{"generic", generic::L, &generic::scratch, &generic::layer, &generic::depthwise, &generic::abs_sum,
+                           &generic::abs_sum_tokens};
   return &all;
 }
 }  // namespace gatedprune

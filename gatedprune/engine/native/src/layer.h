@@ -61,6 +61,7 @@ struct Kernels {
   void (*layer)(const Layer&, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* scratch, float* sums);
   void (*depthwise)(const Depthwise&, float* sum);
   float (*abs_sum)(const float* x, int64_t n);
+  void (*abs_sum_tokens)(const float* x, int64_t tokens, int64_t channels, float* sums);
 };
 
 const Kernels* kernels_generic();

@@ -397,17 +397,30 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
   return y;
 }
 
-// Mean of |x| over the pixels of each channel: (B, C, …) → (B, C).
-Tensor subsample(const Tensor& x_) {
-  TORCH_CHECK(x_.dim() >= 2 && x_.scalar_type() == at::kFloat, "x must be (B, C, …), float32");
+// Mean of |x| over everything but batch and channels, which are the second or the last dimension → (B, C).
+Tensor subsample(const Tensor& x_, int64_t channel_dim) {
+  TORCH_CHECK(x_.dim() >= 2 && x_.scalar_type() == at::kFloat, "x must be (B, C, …) or (B, …, C), float32");
+  TORCH_CHECK(channel_dim == 1 || channel_dim == x_.dim() - 1, "channels must be the second or the last dimension");
   const Tensor x = x_.contiguous();
-  Tensor s = at::empty({x.size(0), x.size(1)}, x.options());
-  const int64_t rows = s.numel(), n = rows ? x.numel() / rows : 0;
+  const int64_t B = x.size(0), C = x.size(channel_dim), n = B * C ? x.numel() / B / C : 0;
   const float* from = x.const_data_ptr<float>();
-  float* to = s.mutable_data_ptr<float>();
   const Kernels& kernel = kernels();
-  at::parallel_for(0, rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, n)), [&](int64_t b, int64_t e) {
-    // In pieces, so that rounding does not grow with the map.
+  if (channel_dim != 1 || x.dim() == 2) {
+    // A few hundred tokens at a time, so that rounding does not grow with their number.
+    const int64_t step = 256, chunks = (n + step - 1) / step;
+    Tensor partial = at::zeros({B, chunks, C}, x.options());
+    float* to = partial.mutable_data_ptr<float>();
+    at::parallel_for(0, B * chunks, std::max<int64_t>(1, 256 / std::max<int64_t>(1, C)), [&](int64_t b, int64_t e) {
+      for (int64_t i = b; i < e; i++) {
+        const int64_t t = i % chunks * step;
+        kernel.abs_sum_tokens(from + (i / chunks * n + t) * C, std::min(step, n - t), C, to + i * C);
+      }
+    });
+    return (chunks == 1 ? partial.view({B, C}) : partial.sum(1)).div_(n);
+  }
+  Tensor s = at::empty({B, C}, x.options());
+  float* to = s.mutable_data_ptr<float>();
+  at::parallel_for(0, B * C, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, n)), [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; i++) {
       double sum = 0;
       for (int64_t j = 0; j < n; j += 4096) sum += kernel.abs_sum(from + i * n + j, std::min<int64_t>(4096, n - j));
@@ -466,7 +479,7 @@ TORCH_LIBRARY(gatedprune, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
       "Tensor? residual, str activation) -> Tensor");
-  m.def("subsample(Tensor x) -> Tensor");
+  m.def("subsample(Tensor x, int channel_dim) -> Tensor");
   m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor? index, int k, bool boost) -> (Tensor, Tensor)");
   m.def("instruction_set(str name) -> str", &gatedprune::instruction_set);
 }
