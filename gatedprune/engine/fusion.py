@@ -17,6 +17,8 @@ from . import narrow
 __all__ = ["fuse"]
 
 _aten = torch.ops.aten
+_POINTWISE = frozenset(["gelu", "relu", "silu", "hardswish", "hardtanh", "relu6", "leaky_relu", "elu", "mish"]
+                       + ["sigmoid", "tanh", "softplus", "hardsigmoid", "square", "dropout", "quick_gelu"])  # fmt: skip
 
 
 def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple]) -> None:
@@ -34,6 +36,8 @@ def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple]) -> None
     for node in list(graph.nodes):
         if isinstance(_module(root, node), narrow.Selector):
             _subsample(root, graph, node)
+        elif isinstance(_module(root, node), narrow.NarrowLinear):
+            _columns(root, node)
 
 
 def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -107,6 +111,22 @@ def _done_with(root: nn.Module, value: fx.Node, reader: fx.Node) -> bool:
 def _aliases(root: nn.Module, node: fx.Node) -> bool:
     """Whether the node's result may be its argument's memory: anything but our layers and gates."""
     return not isinstance(_module(root, node), (narrow.NarrowConv2d, narrow.Selector, narrow.MaxPool2d))
+
+
+def _columns(root: nn.Module, node: fx.Node) -> None:
+    """Between two linear layers with nothing but operators on single values, channels come before tokens."""
+    first, last = _module(root, node), node
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    while user is not None and user.op == "call_function" and operators.op_name(user.target) in _POINTWISE:
+        if user.args[0] is not last or len(user.all_input_nodes) != 1:
+            return
+        last, user = user, next(iter(user.users)) if len(user.users) == 1 else None
+    second = None if user is None else _module(root, user)
+    if not isinstance(first, narrow.NarrowLinear) or not isinstance(second, narrow.NarrowLinear):
+        return
+    if user is not None and user.args[0] is last and last not in user.args[1:] and (first.native and second.native):
+        if len(node.args) < 5 or node.args[4] is None:  # a residual would have to be turned
+            first.y_columns = second.x_columns = True
 
 
 def _mutates(root: nn.Module, node: fx.Node) -> bool:

@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": lambda x: F.hardtanh_(x, 0.0, 6.0),
     "hardswish": lambda x: F.hardswish(x, inplace=True),
     "silu": lambda x: F.silu(x, inplace=True),
+    "gelu": F.gelu,
 }
 
 __all__ = [
@@ -199,7 +200,12 @@ class NarrowConv2d(nn.Module):
 
 
 class NarrowLinear(nn.Module):
-    """A linear layer over active sets; x is (B, …, n_in), the rest as in `NarrowConv2d`."""
+    """A linear layer over active sets; x is (B, …, n_in), the rest as in `NarrowConv2d`.
+
+    Attributes:
+        x_columns, y_columns: Between two such layers: x is (B, n_in, …), the result (B, n_out, …), as the native kernels
+            compute it.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -209,19 +215,23 @@ class NarrowLinear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.native, self.activation = native, ""
+        self.x_columns = self.y_columns = False
 
     def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
                 gain: Tensor | None = None, residual: Tensor | None = None) -> Tensor:  # fmt: skip
         if self.native and _fits(x) and self.weight.dtype is torch.float32:
             y: Tensor = torch.ops.gatedprune.linear(
-                x, self.weight, self.bias, in_index, out_index, gain, residual, self.activation
-            )
+                x, self.weight, self.bias, in_index, out_index, gain, residual, self.activation,
+                self.x_columns, self.y_columns,
+            )  # fmt: skip
             return y
 
         def run(one: Tensor, b: int) -> Tensor:
             return F.linear(one, *gather_rows(self.weight, self.bias, in_index, out_index, gain, b))
 
-        return _follow(_per_sample(x, _samples(in_index, out_index), run), residual, self.activation)
+        x = x.movedim(1, -1) if self.x_columns else x
+        y = _follow(_per_sample(x, _samples(in_index, out_index), run), residual, self.activation)
+        return y.movedim(-1, 1) if self.y_columns else y
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"

@@ -207,7 +207,7 @@ def _narrow_convolution(module: NarrowConv2d, inputs: tuple[Tensor], output: Any
 
 
 def _narrow_linear(module: NarrowLinear, inputs: tuple[Tensor], output: Tensor) -> int:
-    return output.numel() * inputs[0].shape[-1]
+    return output.numel() * inputs[0].shape[1 if module.x_columns else -1]
 
 
 RULES: tuple[tuple[type, Rule], ...] = (

@@ -172,8 +172,11 @@ def _register_fakes() -> None:
         return torch.nn.functional.max_pool2d(x, kernel, stride, padding, 1, ceil_mode)
 
     @torch.library.register_fake("gatedprune::linear")
-    def linear(x, weight, bias, in_index, out_index, gain, residual, activation):
-        return x.new_empty(*x.shape[:-1], weight.shape[0] if out_index is None else out_index.shape[1])
+    def linear(x, weight, bias, in_index, out_index, gain, residual, activation, x_columns=False, y_columns=False):
+        shape = list(x.shape)
+        shape.pop(1 if x_columns else -1)
+        shape.insert(1 if y_columns else len(shape), weight.shape[0] if out_index is None else out_index.shape[1])
+        return x.new_empty(shape)
 
     @torch.library.register_fake("gatedprune::subsample")
     def subsample(x, channel_dim):
@@ -206,8 +209,8 @@ def _register_flops() -> None:
         return convolution(residual[1], x, weight, residual, groups, whole_groups)
 
     @register_flop_formula(ops.linear)
-    def linear(x, weight, bias, in_index, out_index, *rest, out_shape=None, **kwargs):
-        return 2 * math.prod(out_shape) * x[-1]
+    def linear(x, weight, bias, in_index, *rest, out_shape=None, **kwargs):
+        return 2 * math.prod(out_shape) * (weight[1] if in_index is None else in_index[1])
 
     @register_flop_formula(ops.gate)
     def gate(s, weight, *rest, out_shape=None, **kwargs):

@@ -97,6 +97,18 @@ GP_INLINE V vexp(V x) {
   return p * (V)scale;
 }
 
+// x times the normal distribution function. erfc by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
+GP_INLINE V gelu(V x) {
+  const V z = vabs(x) * 0.70710678118654752f;
+  const V t = 1.f / (1.f + 0.3275911f * z);
+  V p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const V tail = 0.5f * p * t * vexp(-z * z);
+  return x * (x < V{} ? tail : 1.f - tail);
+}
+
 // NaN stays NaN, as in PyTorch.
 GP_INLINE V activate(V v, Activation a) {
   const V zero = V{};
@@ -115,6 +127,10 @@ GP_INLINE V activate(V v, Activation a) {
     }
     case Activation::silu: {
       V y = v / (1.f + vexp(-v));
+      return v != v ? v : y;
+    }
+    case Activation::gelu: {
+      V y = gelu(v);
       return v != v ? v : y;
     }
     default:
@@ -338,13 +354,13 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
           float* a = acc + p * acc_panel + (r - r0) * width;
           tiles.of[nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0,
                                p == 0 && more ? ahead : nullptr, l.columns + (wrap ? k1 : k0));
-          if (k1 == depth && l.source != Source::tokens)
+          if (k1 == depth && !l.tokens_out)
             for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, (v + p * nv) * L, nv, sums);
         }
         r += height;
       }
     }
-    if (l.source == Source::tokens)
+    if (l.tokens_out)
       for (int64_t p = 0; p < group; p++) finish_tokens(l, acc + p * acc_panel, r0, r1, (v + p * nv) * L, nv);
     v += group * nv;
     left -= group * nv;

@@ -4,7 +4,7 @@
 
 namespace gatedprune {
 
-enum class Activation : int32_t { none = 0, relu = 1, relu6 = 2, hardswish = 3, silu = 4 };
+enum class Activation : int32_t { none = 0, relu = 1, relu6 = 2, hardswish = 3, silu = 4, gelu = 5 };
 
 // Where the pixels (or tokens) of the input lie.
 enum class Source : int32_t {
@@ -36,7 +36,8 @@ struct Layer {
   const float* residual;  // like y, or null
   Activation activation;
   float* y;
-  int64_t ldy;  // contiguous, padded: row r at y + r * ldy. tokens: token n at y + n * ldy
+  bool tokens_out;
+  int64_t ldy;  // row r at y + r * ldy; if tokens_out, token n at y + n * ldy
 };
 
 // One channel of a depthwise convolution or, without weights, of a max pooling: x is a padded copy.

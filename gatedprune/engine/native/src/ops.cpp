@@ -56,6 +56,7 @@ Activation activation_of(c10::string_view name) {
   if (name == "relu6") return Activation::relu6;
   if (name == "hardswish") return Activation::hardswish;
   if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
   TORCH_CHECK(false, "unknown activation ", std::string(name));
 }
 
@@ -275,6 +276,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     l.residual = residual ? residual->const_data_ptr<float>() + at : nullptr;
     l.activation = act;
     l.y = out + at;
+    l.tokens_out = false;
     l.ldy = N;
     float* to = !mean ? nullptr : c.chunks > 1 ? partial.mutable_data_ptr<float>() + chunk * B * R_all : sum_of;
     kernel.layer(l, vectors * chunk / c.chunks, vectors * (chunk + 1) / c.chunks, R * row_cut / c.row_cuts,
@@ -333,16 +335,20 @@ Tensor max_pool2d(const Tensor& x_, at::IntArrayRef kernel, at::IntArrayRef stri
   return y;
 }
 
+// Linear layer over active sets, then bias, gain, residual and activation: x (B, …, n_in) → (B, …, n_out).
+// `x_columns`: x is (B, n_in, …); `y_columns`: the result is (B, n_out, …). Between two layers this spares turning it.
 Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& bias_, const optional<Tensor>& in_index_,
               const optional<Tensor>& out_index_, const optional<Tensor>& gain_, const optional<Tensor>& residual_,
-              c10::string_view activation) {
+              c10::string_view activation, bool x_columns, bool y_columns) {
   TORCH_CHECK(x_.dim() >= 1 && weight_.dim() == 2 && x_.scalar_type() == at::kFloat &&
                   weight_.scalar_type() == at::kFloat,
               "x must be (…, n_in) and weight (C_out, C_in), float32");
+  TORCH_CHECK(x_.dim() >= 2 || !(x_columns || y_columns), "columns need a batch");
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
   const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
              residual = contiguous(residual_);
-  const int64_t K = x.size(-1), R = out_index ? out_index->size(1) : weight.size(0), ldw = weight.size(1);
+  const int64_t K = x.size(x_columns ? 1 : -1), R = out_index ? out_index->size(1) : weight.size(0);
+  const int64_t ldw = weight.size(1);
   TORCH_CHECK(K == (in_index ? in_index->size(1) : ldw), "x has ", K, " channels where ",
               in_index ? in_index->size(1) : ldw, " are active");
   check_index(in_index, ldw, "in_index");
@@ -354,29 +360,33 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
   if (gain_) gain = gain_->to(at::kFloat).contiguous();
   TORCH_CHECK(!gain || (gain->size(0) == B && gain->size(1) == R), "gain must be (B, n_out)");
   auto shape = x.sizes().vec();
-  shape.back() = R;
+  shape.erase(x_columns ? shape.begin() + 1 : shape.end() - 1);
+  shape.insert(y_columns ? shape.begin() + 1 : shape.end(), R);
   Tensor y = at::empty(shape, x.options());
-  TORCH_CHECK(!residual || residual->sizes() == y.sizes(), "residual has another shape than the output");
+  TORCH_CHECK(!residual || (residual->sizes() == y.sizes() && !y_columns), "residual has another shape than the output");
   if (y.numel() == 0) return y;
   TORCH_CHECK(K > 0 && x.numel() / K % B == 0, "the rows of x do not divide among ", B, " samples");
-  const int64_t T = x.numel() / K / B;
+  const int64_t items = x_columns || y_columns ? x.size(0) : B, repeat = items / B;
+  TORCH_CHECK(items % B == 0, items, " rows of x for ", B, " samples");
+  const int64_t T = x.numel() / K / items;
 
   std::vector<int32_t> columns(B * K);
   for (int64_t s = 0; s < B; s++)
     for (int64_t j = 0; j < K; j++) columns[s * K + j] = int32_t(in_index ? row_of<int64_t>(in_index, s)[j] : j);
   const Kernels& kernel = kernels();
   const Activation act = activation_of(activation);
-  const double flops = 2.0 * B * T * K * R;
+  const double flops = 2.0 * items * T * K * R;
   const int64_t vectors = (T + kernel.lanes - 1) / kernel.lanes, need = kernel.scratch(R, 4 * R * ldw);
-  const Cut c = cut(B, vectors, R, flops);
+  const Cut c = cut(items, vectors, R, flops);
   const float* from = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
-  for_all(B * c.chunks * c.row_cuts, flops, [&](int64_t i) {
-    const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, s = i / c.row_cuts / c.chunks;
+  for_all(items * c.chunks * c.row_cuts, flops, [&](int64_t i) {
+    const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
+    const int64_t s = item / repeat;
     Layer l{};
-    l.source = Source::tokens;
-    l.x = from + s * T * K;
-    l.plane = K;
+    l.source = x_columns ? Source::contiguous : Source::tokens;
+    l.x = from + item * T * K;
+    l.plane = x_columns ? T : K;
     l.taps = 1;
     l.width = l.pixels = T;
     l.channels = K;
@@ -387,10 +397,11 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
     l.columns = columns.data() + s * K;
     l.bias = bias ? bias->const_data_ptr<float>() : nullptr;
     l.gain = row_of<float>(gain, s);
-    l.residual = residual ? residual->const_data_ptr<float>() + s * T * R : nullptr;
+    l.residual = residual ? residual->const_data_ptr<float>() + item * T * R : nullptr;
     l.activation = act;
-    l.y = out + s * T * R;
-    l.ldy = R;
+    l.y = out + item * T * R;
+    l.tokens_out = !y_columns;
+    l.ldy = y_columns ? T : R;
     kernel.layer(l, vectors * chunk / c.chunks, vectors * (chunk + 1) / c.chunks, R * row_cut / c.row_cuts,
                  R * (row_cut + 1) / c.row_cuts, scratch_memory(need), nullptr);
   });
@@ -478,7 +489,7 @@ TORCH_LIBRARY(gatedprune, m) {
   m.def("max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
-      "Tensor? residual, str activation) -> Tensor");
+      "Tensor? residual, str activation, bool x_columns=False, bool y_columns=False) -> Tensor");
   m.def("subsample(Tensor x, int channel_dim) -> Tensor");
   m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor? index, int k, bool boost) -> (Tensor, Tensor)");
   m.def("instruction_set(str name) -> str", &gatedprune::instruction_set);
