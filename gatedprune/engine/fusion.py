@@ -32,6 +32,7 @@ def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple]) -> None
         layer = _module(root, node)
         if isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowLinear)):
             node = _residual(root, graph, node, shapes)
+        if isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowLinear, narrow.NarrowAffine)):
             _activation(graph, node, layer)
     for node in list(graph.nodes):
         if isinstance(_module(root, node), narrow.Selector):
@@ -143,7 +144,7 @@ def _subsample(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     if source.target is operator.getitem and source.args[1] == 0:  # already does, for another gate
         source = source.args[0]  # type: ignore[assignment]
     layer = _module(root, source)  # type: ignore[arg-type]
-    if not isinstance(layer, narrow.NarrowConv2d) or selector.gate.channel_dim != 1:
+    if not isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowAffine)) or selector.gate.channel_dim != 1:
         return
     if not layer.subsample:
         layer.subsample = True

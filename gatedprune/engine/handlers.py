@@ -53,7 +53,7 @@ def _norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     if affine is None or held != [node.args[0]]:
         return None
     dtype = node.meta["val"].dtype
-    module = narrow.NarrowAffine(affine[0].to(dtype), affine[1].to(dtype))
+    module = narrow.NarrowAffine(affine[0].to(dtype), affine[1].to(dtype), native=low.native)
     low.state[node] = layout
     return low.module(low.name(node), module, (low.env[held[0]], low.index(layout)))
 

@@ -122,7 +122,7 @@ class Lowering:
         if layout.key not in self.indices:
             tables = [self.layouts.table(layout, s) for s in sites]
             fixed = torch.from_numpy((layout.site < 0).nonzero()[0])
-            module = narrow.ChannelIndex([t for t in tables if t is not None], fixed)
+            module = narrow.ChannelIndex([t for t in tables if t is not None], fixed, layout.channels, self.native)
             args = tuple(self.selected[self.names[s]][0] for s in sites)
             self.indices[layout.key] = self.module(f"index#{len(self.indices)}", module, args)
         return self.indices[layout.key]
@@ -179,6 +179,11 @@ class Lowering:
             out = handler(self, node, held) if handler is not None else None
             if out is not None:
                 return self._apply_gain(node, out)
+        if self.native and name == "batch_norm" and not held and not self.wakened(node):
+            affine, x = self.constants.affine(node), node.args[0]
+            if affine is not None and node.meta["val"].dtype is torch.float32:
+                module = narrow.NarrowAffine(affine[0].float(), affine[1].float(), native=True)
+                return self._apply_gain(node, self.module(self.name(node), module, (self.env[x], None)))  # type: ignore[index]
         norm = self._masked_norm(node)
         return self._apply_gain(node, self._as_captured(node) if norm is None else norm)
 

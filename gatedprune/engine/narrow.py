@@ -82,15 +82,21 @@ class ChannelIndex(nn.Module):
     Args:
         tables: One (C, m) per site: the m channels of the tensor that belong to each of the site's C units.
         fixed: Channels that belong to no gated site: always there.
+        channels: Of the tensor.
     """
 
-    def __init__(self, tables: list[Tensor], fixed: Tensor) -> None:
+    def __init__(self, tables: list[Tensor], fixed: Tensor, channels: int, native: bool = False) -> None:
         super().__init__()
+        self.channels, self.native = channels, native
         for i, table in enumerate(tables):
             self.register_buffer(f"table{i}", table)
         self.register_buffer("fixed", fixed)
 
     def forward(self, *active: Tensor) -> Tensor:
+        if self.native and active[0].device.type == "cpu":
+            tables = [getattr(self, f"table{i}") for i in range(len(active))]
+            index: Tensor = torch.ops.gatedprune.channel_index(tables, self.fixed, active, self.channels)
+            return index
         parts = [getattr(self, f"table{i}")[a].flatten(1) for i, a in enumerate(active)]
         fixed: Tensor = self.fixed  # type: ignore[assignment]
         if fixed.numel():
@@ -283,19 +289,29 @@ class MaxPool2d(nn.Module):
 
 
 class NarrowAffine(nn.Module):
-    """A batch norm in eval mode on a tensor whose active channels ``index`` names: x · scale + shift."""
+    """A batch norm in eval mode on a tensor whose active channels ``index`` names, and the activation: x · scale + shift.
 
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+    ``activation`` and ``subsample`` as in `NarrowConv2d`.
+    """
+
+    def __init__(self, scale: Tensor, shift: Tensor, native: bool = False) -> None:
         super().__init__()
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
+        self.native, self.activation, self.subsample = native, "", False
 
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+    def forward(self, x: Tensor, index: Tensor | None = None) -> Any:
         scale: Tensor = self.scale  # type: ignore[assignment]
         shift: Tensor = self.shift  # type: ignore[assignment]
+        if self.native and _fits(x) and scale.dtype is torch.float32:
+            y, s = torch.ops.gatedprune.affine(x, scale, shift, index, self.activation, self.subsample)
+            return (y, s) if self.subsample else y
+        if index is None:
+            index = torch.arange(len(scale), device=x.device)[None]
         scale, shift = (per_row(v[index], x.shape[0]) for v in (scale, shift))
         view = (*scale.shape, *[1] * (x.dim() - 2))
-        return torch.addcmul(shift.view(view), x, scale.view(view))
+        y = _follow(torch.addcmul(shift.view(view), x, scale.view(view)), None, self.activation)
+        return (y, subsample(y)) if self.subsample else y
 
 
 class NarrowGroupNorm(nn.Module):

@@ -125,7 +125,7 @@ def test_add_into_touches_the_winners_alone(inplace: bool) -> None:
 
 def test_channel_index_merges_sites_and_fixed_channels() -> None:
     # Channels 0–3: two for each unit of site a; 4 and 7: in no site; 5 and 6: the units of site b.
-    module = ChannelIndex([torch.tensor([[0, 1], [2, 3]]), torch.tensor([[6], [5]])], torch.tensor([4, 7]))
+    module = ChannelIndex([torch.tensor([[0, 1], [2, 3]]), torch.tensor([[6], [5]])], torch.tensor([4, 7]), 8)
     found = module(torch.tensor([[0], [1]]), torch.tensor([[1], [0]]))
     assert found.tolist() == [[0, 1, 4, 5, 7], [2, 3, 4, 6, 7]]
 

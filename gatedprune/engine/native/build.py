@@ -178,6 +178,15 @@ def _register_fakes() -> None:
         shape.insert(1 if y_columns else len(shape), weight.shape[0] if out_index is None else out_index.shape[1])
         return x.new_empty(shape)
 
+    @torch.library.register_fake("gatedprune::affine")
+    def affine(x, scale, shift, index, activation, mean):
+        return torch.empty_like(x), x.new_empty((x.shape[0] if mean else 0, x.shape[1]))
+
+    @torch.library.register_fake("gatedprune::channel_index")
+    def channel_index(tables, fixed, active, channels):
+        n = fixed.numel() + sum(a.shape[1] * t.shape[1] for a, t in zip(active, tables, strict=True))
+        return fixed.new_empty(active[0].shape[0], n)
+
     @torch.library.register_fake("gatedprune::subsample")
     def subsample(x, channel_dim):
         return x.new_empty(x.shape[0], x.shape[channel_dim])

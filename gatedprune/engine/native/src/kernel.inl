@@ -434,6 +434,27 @@ GP_TARGET static void abs_sum_tokens(const float* x, int64_t tokens, int64_t cha
   }
 }
 
+GP_TARGET static float affine(const float* x, int64_t n, float scale, float shift, Activation act, float* y) {
+  V sum = V{};
+  float rest = 0;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    const V v = activate(load(x + i) * scale + shift, act);
+    store(y + i, v);
+    sum += vabs(v);
+  }
+  if (i < n) {
+    V v = V{};
+    for (int64_t j = i; j < n; j++) v[j - i] = x[j];
+    v = activate(v * scale + shift, act);
+    for (int64_t j = i; j < n; j++) {
+      y[j] = v[j - i];
+      rest += std::fabs(y[j]);
+    }
+  }
+  return hsum(sum) + rest;
+}
+
 GP_TARGET static float abs_sum(const float* x, int64_t n) {
   V a[4] = {};
   int64_t i = 0;

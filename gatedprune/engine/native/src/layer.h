@@ -62,6 +62,8 @@ struct Kernels {
   void (*layer)(const Layer&, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* scratch, float* sums);
   void (*depthwise)(const Depthwise&, float* sum);
   float (*abs_sum)(const float* x, int64_t n);
+  // y = activation(x * scale + shift); returns the sum of |y|.
+  float (*affine)(const float* x, int64_t n, float scale, float shift, Activation, float* y);
   void (*abs_sum_tokens)(const float* x, int64_t tokens, int64_t channels, float* sums);
 };
 

@@ -441,6 +441,75 @@ Tensor subsample(const Tensor& x_, int64_t channel_dim) {
   return s;
 }
 
+// Batch norm in eval mode of the active channels, and the activation: x (B, n, …) → the same and, if `mean`, the mean of
+// |y| over the pixels, (B, n). index (B, n) or null.
+std::tuple<Tensor, Tensor> affine(const Tensor& x_, const Tensor& scale_, const Tensor& shift_,
+                                  const optional<Tensor>& index_, c10::string_view activation, bool mean) {
+  TORCH_CHECK(x_.dim() >= 2 && x_.scalar_type() == at::kFloat && scale_.scalar_type() == at::kFloat &&
+                  shift_.scalar_type() == at::kFloat,
+              "x must be (B, n, …), float32");
+  const Tensor x = x_.contiguous(), scale = scale_.contiguous(), shift = shift_.contiguous();
+  const auto index = contiguous(index_);
+  const int64_t B = x.size(0), C = x.size(1), n = B * C ? x.numel() / B / C : 0;
+  check_index(index, scale.numel(), "index");
+  TORCH_CHECK(index ? index->size(1) == C && index->size(0) > 0 && B % index->size(0) == 0 : scale.numel() == C,
+              "x has ", C, " channels where others are active");
+  TORCH_CHECK(shift.numel() == scale.numel(), "scale and shift differ in length");
+  Tensor y = at::empty(x.sizes(), x.options()), s = at::empty({mean ? B : 0, C}, x.options());
+  if (y.numel() == 0) return {y, mean ? s.zero_() : s};
+  const int64_t repeat = index ? B / index->size(0) : 1;
+  const Activation act = activation_of(activation);
+  const Kernels& kernel = kernels();
+  const float *from = x.const_data_ptr<float>(), *a = scale.const_data_ptr<float>(), *b = shift.const_data_ptr<float>();
+  float *to = y.mutable_data_ptr<float>(), *means = mean ? s.mutable_data_ptr<float>() : nullptr;
+  at::parallel_for(0, B * C, std::max<int64_t>(1, 32768 / n), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t c = index ? row_of<int64_t>(index, i / C / repeat)[i % C] : i % C;
+      const float sum = kernel.affine(from + i * n, n, a[c], b[c], act, to + i * n);
+      if (means) means[i] = sum / float(n);
+    }
+  });
+  return {y, s};
+}
+
+// From active sets of sites to the active channels of one tensor, ascending: tables[i] (C_i, m_i) holds the channels of
+// each unit of site i; `fixed` channels are always there.
+Tensor channel_index(at::TensorList tables, const Tensor& fixed, at::TensorList active, int64_t channels) {
+  TORCH_CHECK(!active.empty() && active.size() == tables.size(), "one table for each active set");
+  const int64_t B = active[0].size(0);
+  int64_t n = fixed.numel();
+  for (size_t i = 0; i < active.size(); i++) n += active[i].size(1) * tables[i].size(1);
+  Tensor out = at::empty({B, n}, fixed.options());
+  int64_t* to = out.mutable_data_ptr<int64_t>();
+  std::vector<char> there(channels);
+  const Tensor always = fixed.contiguous();
+  auto mark = [&](int64_t c) {
+    TORCH_CHECK_INDEX(c >= 0 && c < channels, "channel ", c, " is outside [0, ", channels, ")");
+    there[c] = 1;
+  };
+  for (int64_t b = 0; b < B; b++) {
+    std::fill(there.begin(), there.end(), 0);
+    for (int64_t i = 0; i < always.numel(); i++) mark(always.const_data_ptr<int64_t>()[i]);
+    for (size_t i = 0; i < active.size(); i++) {
+      const Tensor table = tables[i].contiguous(), units = active[i].contiguous();
+      const int64_t m = table.size(1), k = units.size(1);
+      for (int64_t j = 0; j < k; j++) {
+        const int64_t u = units.const_data_ptr<int64_t>()[b * k + j];
+        TORCH_CHECK_INDEX(u >= 0 && u < table.size(0), "unit ", u, " is outside [0, ", table.size(0), ")");
+        for (int64_t c = 0; c < m; c++) mark(table.const_data_ptr<int64_t>()[u * m + c]);
+      }
+    }
+    int64_t count = 0;
+    for (int64_t c = 0; c < channels; c++)
+      if (there[c]) {
+        TORCH_CHECK(count < n, "channels are named twice");
+        to[b * n + count++] = c;
+      }
+    TORCH_CHECK(count == n, "channels are named twice");
+  }
+  return out;
+}
+
 // Saliency and winner-takes-all: s (B, C_in or n) → active set (B, k), ascending, and gain (B, k).
 std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Tensor& bias, const Tensor& start,
                                 const optional<Tensor>& index, int64_t k, bool boost) {
@@ -492,6 +561,8 @@ TORCH_LIBRARY(gatedprune, m) {
       "Tensor? residual, str activation, bool x_columns=False, bool y_columns=False) -> Tensor");
   m.def("subsample(Tensor x, int channel_dim) -> Tensor");
   m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor? index, int k, bool boost) -> (Tensor, Tensor)");
+  m.def("affine(Tensor x, Tensor scale, Tensor shift, Tensor? index, str activation, bool mean) -> (Tensor, Tensor)");
+  m.def("channel_index(Tensor[] tables, Tensor fixed, Tensor[] active, int channels) -> Tensor");
   m.def("instruction_set(str name) -> str", &gatedprune::instruction_set);
 }
 
@@ -500,6 +571,8 @@ TORCH_LIBRARY_IMPL(gatedprune, CPU, m) {
   m.impl("conv2d_into", &gatedprune::conv2d_into);
   m.impl("max_pool2d", &gatedprune::max_pool2d);
   m.impl("linear", &gatedprune::linear);
+  m.impl("affine", &gatedprune::affine);
+  m.impl("channel_index", &gatedprune::channel_index);
   m.impl("subsample", &gatedprune::subsample);
   m.impl("gate", &gatedprune::gate);
 }
