@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..wrapping import GatedModel
 from . import native
 from .lowering import lower
 from .narrow import Selector
+from .tuning import apply_tuning, tune_layers
 
 __all__ = ["CompactModel", "compact"]
 
@@ -23,7 +25,8 @@ __all__ = ["CompactModel", "compact"]
 BACKENDS = ("auto", "native", "torch")
 
 
-def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "auto") -> CompactModel:
+def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "auto",
+            share: str = "sample", tune: bool | Mapping[str, str] = False) -> CompactModel:  # fmt: skip
     """The inference model of a gated one: it computes only the channels that win, for every input anew.
 
     Batch norms are folded, weights of the winners gathered, and activations stay narrow between a site's layers. It
@@ -37,6 +40,10 @@ def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "aut
 
         backend: "native": the C++ engine, for float32 on the CPU, built when first used (about 15 seconds, once);
             "torch": plain PyTorch, anywhere; "auto": native where it can be had and the input fits it.
+        share: "sample": every sample has its own active sets; "batch": the batch has one, from the mean over its samples
+            of what the gates see, so that its layers run as one; outputs then depend on the batch.
+        tune: Time each layer on ``example_inputs`` with the native backend and with plain PyTorch, and keep the faster
+            (a few seconds); or the choice of an earlier model, its ``tuning``.
 
     Raises:
         ModelError: The model is not gated, or cannot be traced.
@@ -44,21 +51,29 @@ def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "aut
     """
     if backend not in BACKENDS:
         raise ConfigError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}. Got {backend!r}.")
+    if share not in ("sample", "batch"):
+        raise ConfigError(f"`share` must be 'sample' or 'batch'. Got {share!r}.")
     if not isinstance(gated, GatedModel):
         raise ModelError(
             f"compact() takes a model that gatedprune.wrap() returned. {type(gated).__name__} is not gated."
         )
-    model = CompactModel(gated, backend)
-    model.prepare(*normalise_inputs(gated, example_inputs))
+    inputs = normalise_inputs(gated, example_inputs)
+    model = CompactModel(gated, backend, share)
+    if isinstance(tune, Mapping):
+        model.tuning = dict(tune)
+    graph = model.prepare(*inputs)
+    if tune is True and model.backend == "native":
+        model.tuning = tune_layers(graph, inputs)
     return model
 
 
 class CompactModel(nn.Module):
     """Computes only active channels; made by `compact`. Evaluation only: gradients do not flow through it."""
 
-    def __init__(self, gated: GatedModel, backend: str = "auto") -> None:
+    def __init__(self, gated: GatedModel, backend: str = "auto", share: str = "sample") -> None:
         super().__init__()
-        self._asked = backend
+        self._asked, self.share = backend, share
+        self.tuning: dict[str, str] = {}
         if backend == "native":
             native.load(required=True)
         source = copy.deepcopy(gated).eval().requires_grad_(False)
@@ -142,7 +157,9 @@ class CompactModel(nn.Module):
                 "the model was wrapped for another kind of input."
             )
         key = _key(args, not free)
-        self._lowered[key] = lower(analysis, source.gates, self._native()).eval()
+        graph = lower(analysis, source.gates, self._native(), self.share == "batch").eval()
+        apply_tuning(graph, self.tuning)
+        self._lowered[key] = graph
         return key
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompactModel:

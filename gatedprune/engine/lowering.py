@@ -25,15 +25,16 @@ from .layout import Layout, Layouts
 __all__ = ["lower"]
 
 
-def lower(analysis: Analysis, gates: dict[str, Gate], native: bool = False) -> fx.GraphModule:
+def lower(analysis: Analysis, gates: dict[str, Gate], native: bool = False, shared: bool = False) -> fx.GraphModule:
     """The graph of ``analysis`` with its gated sites computed narrow.
 
     Args:
         analysis: Of the captured eval-mode graph.
         gates: Site name → gate; sites without one stay dense.
         native: Let the native backend compute what it can.
+        shared: One active set for the whole batch.
     """
-    lowering = Lowering(analysis, gates, native)
+    lowering = Lowering(analysis, gates, native, shared)
     lowering.run()
     fuse(lowering.root, lowering.graph, lowering.shapes())
     return fx.GraphModule(lowering.root, lowering.graph)
@@ -42,8 +43,8 @@ def lower(analysis: Analysis, gates: dict[str, Gate], native: bool = False) -> f
 class Lowering:
     """One pass over a captured graph; ``env`` maps its nodes to lowered ones, ``state`` says how each is held."""
 
-    def __init__(self, analysis: Analysis, gates: dict[str, Gate], native: bool = False) -> None:
-        self.flow, self.gates, self.native = analysis.flow, gates, native
+    def __init__(self, analysis: Analysis, gates: dict[str, Gate], native: bool, shared: bool) -> None:
+        self.flow, self.gates, self.native, self.shared = analysis.flow, gates, native, shared
         self.sites = {name: analysis.sites[name] for name in gates}
         self.names = list(self.sites)
         self.layouts = Layouts(analysis, self.names)
@@ -160,7 +161,7 @@ class Lowering:
     def _select(self, name: str, found: SiteNodes) -> None:
         layout = self.state[found.gate_input]
         args = (self.env[found.gate_input],) if layout is None else (self.env[found.gate_input], self.index(layout))
-        both = self.module(f"{name}#gate", narrow.Selector(self.gates[name], native=self.native), args)
+        both = self.module(f"{name}#gate", narrow.Selector(self.gates[name], native=self.native, shared=self.shared), args)
         self.selected[name] = tuple(self.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))  # type: ignore[assignment]
 
     # --- operators -------------------------------------------------------------------------------------------------

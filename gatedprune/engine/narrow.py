@@ -47,11 +47,13 @@ class Selector(nn.Module):
     The input may be narrow: then ``index`` (B, n) says which of the C_in channels it holds, and the others count as
     zero, as they are in the masked model.
     ``subsampled``: the input is s(x) already, (B, C_in) or (B, n), which the layer before has computed by the way.
+    ``shared``: one active set and gain (1, k) for the batch, from the mean saliency, that is (up to the rectifier, which
+    is applied last) from the mean of s.
     """
 
-    def __init__(self, gate: Gate, native: bool = False) -> None:
+    def __init__(self, gate: Gate, native: bool = False, shared: bool = False) -> None:
         super().__init__()
-        self.gate, self.native = gate, native
+        self.gate, self.native, self.shared = gate, native, shared
         self.subsampled = False
         self.last_active: Tensor | None = None
 
@@ -64,6 +66,8 @@ class Selector(nn.Module):
             s = torch.ops.gatedprune.subsample(x, gate.channel_dim % x.dim())
         else:
             s = subsample(x, gate.channel_dim)
+        if self.shared:
+            s = s.mean(0, keepdim=True)
         if native:
             active, gain = torch.ops.gatedprune.gate(
                 s, gate.weight, gate.bias, gate.start, index, gate.active_count, gate.boost

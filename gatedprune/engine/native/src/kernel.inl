@@ -367,50 +367,54 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   }
 }
 
+// Several vectors at once, from one row of the map or from several, since each waits for its own last product.
 template <int NV, bool POOL>
-GP_INLINE void taps_of(const Depthwise& d, const float* from, V* a) {
-  GP_UNROLL for (int v = 0; v < NV; v++) a[v] = POOL ? load(from + d.tap_offset[0] + v * L) : V{};
+GP_INLINE void taps_of(const Depthwise& d, const int64_t* at, V* a) {
+  GP_UNROLL for (int v = 0; v < NV; v++) a[v] = POOL ? load(d.x + d.tap_offset[0] + at[v]) : V{};
   for (int64_t t = POOL ? 1 : 0; t < d.taps; t++) {
-    const float* x = from + d.tap_offset[t];
+    const float* x = d.x + d.tap_offset[t];
     const V s = POOL ? V{} : splat(d.weight[t]);
     GP_UNROLL for (int v = 0; v < NV; v++) {
       if (POOL)
-        a[v] = vmax_nan(load(x + v * L), a[v]);
+        a[v] = vmax_nan(load(x + at[v]), a[v]);
       else
-        a[v] += s * load(x + v * L);
+        a[v] += s * load(x + at[v]);
     }
   }
 }
 
 template <bool POOL>
 GP_TARGET static void over_taps(const Depthwise& d, float* sum) {
+  constexpr int MANY = 8;
   V total = V{};
   float rest = 0;
-  for (int64_t h = 0; h < d.height; h++) {
-    const float* from = d.x + h * d.row_pitch;
-    float* to = d.y + h * d.width;
-    for (int64_t w = 0; w < d.width; w += 4 * L) {
-      V a[4];
-      const int nv = int(std::min<int64_t>(4, (d.width - w + L - 1) / L));
-      if (nv == 4)
-        taps_of<4, POOL>(d, from + w, a);
-      else if (nv == 3)
-        taps_of<3, POOL>(d, from + w, a);
-      else if (nv == 2)
-        taps_of<2, POOL>(d, from + w, a);
-      else
-        taps_of<1, POOL>(d, from + w, a);
-      for (int v = 0; v < nv; v++) {
-        const V y = POOL ? a[v] : activate((a[v] + d.bias) * d.gain, d.activation);
-        const int64_t at = w + v * L, live = std::min<int64_t>(L, d.width - at);
-        if (live == L) {
-          store(to + at, y);
-          total += vabs(y);
-        } else {
-          for (int64_t i = 0; i < live; i++) {
-            to[at + i] = y[i];
-            rest += std::fabs(y[i]);
-          }
+  const int64_t across = (d.width + L - 1) / L, vectors = d.height * across;
+  for (int64_t first = 0; first < vectors; first += MANY) {
+    V a[MANY];
+    int64_t at[MANY];
+    const int n = int(std::min<int64_t>(MANY, vectors - first));
+    for (int v = 0; v < MANY; v++) {
+      const int64_t i = first + std::min(v, n - 1);
+      at[v] = i / across * d.row_pitch + i % across * L;
+    }
+    if (n > 4)
+      taps_of<8, POOL>(d, at, a);
+    else if (n > 2)
+      taps_of<4, POOL>(d, at, a);
+    else
+      taps_of<2, POOL>(d, at, a);
+    for (int v = 0; v < n; v++) {
+      const int64_t h = (first + v) / across, w = (first + v) % across * L;
+      const V y = POOL ? a[v] : activate((a[v] + d.bias) * d.gain, d.activation);
+      float* to = d.y + h * d.width + w;
+      const int64_t live = std::min<int64_t>(L, d.width - w);
+      if (live == L) {
+        store(to, y);
+        total += vabs(y);
+      } else {
+        for (int64_t i = 0; i < live; i++) {
+          to[i] = y[i];
+          rest += std::fabs(y[i]);
         }
       }
     }
