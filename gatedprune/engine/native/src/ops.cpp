@@ -178,6 +178,8 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
   const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
              residual = contiguous(residual_);
+  check_index(in_index, weight.size(1), "in_index");
+  check_index(out_index, weight.size(0), "out_index");
   const int64_t B = x.size(0), cg = weight.size(1), taps = weight.size(2) * weight.size(3);
   const int64_t out_all = weight.size(0), R_all = out_index ? out_index->size(1) : out_all;
   int64_t G = groups;
@@ -190,8 +192,6 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   TORCH_CHECK(G >= 1 && x.size(1) == K * G, "x has ", x.size(1), " channels where ", K * G, " are active");
   TORCH_CHECK(R_all % G == 0, R_all, " active outputs do not divide among ", G, " groups");
   const int64_t R = R_all / G;
-  check_index(in_index, cg, "in_index");
-  check_index(out_index, out_all, "out_index");
   const int64_t rows_of_index = in_index ? in_index->size(0) : out_index ? out_index->size(0) : 1;
   TORCH_CHECK(!in_index || !out_index || in_index->size(0) == out_index->size(0), "indices of different batches");
   TORCH_CHECK(rows_of_index >= 1 && B % rows_of_index == 0, B, " rows of x for ", rows_of_index, " samples");
@@ -347,12 +347,12 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
   const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
              residual = contiguous(residual_);
+  check_index(in_index, weight.size(1), "in_index");
+  check_index(out_index, weight.size(0), "out_index");
   const int64_t K = x.size(x_columns ? 1 : -1), R = out_index ? out_index->size(1) : weight.size(0);
   const int64_t ldw = weight.size(1);
   TORCH_CHECK(K == (in_index ? in_index->size(1) : ldw), "x has ", K, " channels where ",
               in_index ? in_index->size(1) : ldw, " are active");
-  check_index(in_index, ldw, "in_index");
-  check_index(out_index, weight.size(0), "out_index");
   const int64_t B = in_index ? in_index->size(0) : out_index ? out_index->size(0) : 1;
   TORCH_CHECK(!in_index || !out_index || in_index->size(0) == out_index->size(0), "indices of different batches");
   TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias must be (C_out,)");

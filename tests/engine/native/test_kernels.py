@@ -1,0 +1,352 @@
+"""The C++ operators against the readable reference, for every instruction set that this CPU has."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gatedprune.engine import native
+from gatedprune.engine.narrow import ACTIVATIONS, ChannelIndex
+from gatedprune.errors import BackendError
+from gatedprune.functional import indexed_conv2d, subsample
+from gatedprune.gates import Gate
+
+if not native.load():
+    pytest.skip(f"no native engine here: {native.build_error()}", allow_module_level=True)
+
+ops = torch.ops.gatedprune
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+FUZZ = settings(max_examples=60, deadline=None)
+
+
+def _sets() -> list[str]:
+    best, found = native.instruction_set(), []
+    for name in ("generic", "avx2", "avx512"):
+        try:
+            found.append(native.instruction_set(name))
+        except BackendError:
+            continue
+    native.instruction_set(best)
+    return found
+
+
+@pytest.fixture(params=_sets(), scope="module", autouse=True)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.instruction_set()
+    yield native.instruction_set(request.param)
+    native.instruction_set(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fresh memory is NaN, so that what a kernel forgets to write, or reads too much of, shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def subsets(samples: int, channels: int, count: int, generator: torch.Generator) -> Tensor:
+    rows = [torch.randperm(channels, generator=generator)[:count].sort().values for _ in range(samples)]
+    return torch.stack(rows) if rows else torch.zeros(0, count, dtype=torch.long)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict:
+    kernel = draw(st.sampled_from([(1, 1), (1, 1), (3, 3), (5, 5), (1, 7), (3, 1), (2, 2), (4, 3)]))
+    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    room = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    return {
+        "seed": draw(st.integers(0, 10_000)), "batch": draw(st.integers(1, 3)), "threads": draw(st.integers(1, 2)),
+        "channels": draw(st.tuples(st.integers(1, 80), st.integers(1, 80))),
+        "ratio": draw(st.tuples(st.floats(0, 1), st.floats(0, 1))),
+        "given": draw(st.tuples(*[st.booleans()] * 5)),
+        "kernel": kernel, "dilation": dilation, "stride": draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        "padding": draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
+        "size": (draw(st.integers(room[0], 40)), draw(st.integers(room[1], 70))),
+        "activation": draw(st.sampled_from(["", *ACTIVATIONS])),
+        "layout": draw(st.sampled_from(["plain", "channels_last", "strided"])),
+    }  # fmt: skip
+
+
+@given(convolutions())
+@FUZZ
+def test_convolution(case: dict) -> None:
+    g = torch.Generator().manual_seed(case["seed"])
+    batch, (cin, cout) = case["batch"], case["channels"]
+    some_in, some_out, with_bias, with_gain, with_residual = case["given"]
+    kin = max(1, int(cin * case["ratio"][0])) if some_in else cin
+    kout = max(1, int(cout * case["ratio"][1])) if some_out else cout
+    in_index = subsets(batch, cin, kin, g) if some_in else None
+    out_index = subsets(batch, cout, kout, g) if some_out else None
+    x = torch.randn(batch, kin, *case["size"], generator=g)
+    if case["layout"] == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif case["layout"] == "strided":
+        x = torch.stack([x, -x], -1)[..., 0]
+    weight = torch.randn(cout, cin, *case["kernel"], generator=g) / (cin * 3) ** 0.5
+    bias = torch.randn(cout, generator=g) if with_bias else None
+    per_sample = some_in or some_out
+    gain = torch.rand(batch if per_sample else 1, kout, generator=g) if with_gain else None
+    options = (case["stride"], case["padding"], case["dilation"])
+    wide = None if gain is None else gain.expand(batch, -1)
+    want = indexed_conv2d(
+        x.double(), weight.double(), None if bias is None else bias.double(), in_index, out_index,
+        None if wide is None else wide.double(), *options,
+    )  # fmt: skip
+    residual = torch.randn(want.shape, generator=g) if with_residual else None
+    want = want if residual is None else want + residual
+    want = ACTIVATIONS[case["activation"]](want) if case["activation"] else want
+    before = torch.get_num_threads()
+    torch.set_num_threads(case["threads"])
+    try:
+        rest = (*options, 1, True, case["activation"], True)
+        found, mean = ops.conv2d(x, weight, bias, in_index, out_index, gain, residual, *rest)
+        torch.testing.assert_close(found.double(), want, **CLOSE)
+        torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
+        if residual is not None:
+            mean = ops.conv2d_into(x, weight, bias, in_index, out_index, gain, residual, *rest)
+            assert torch.equal(residual, found)
+            torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (7, 7), (1, 1), (15, 20), (3, 200)])
+@pytest.mark.parametrize("channels", [(300, 513), (513, 12), (1, 1)])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolution_over_several_blocks(size: tuple[int, int], channels: tuple[int, int], kernel: int) -> None:
+    """More input channels than a block holds, more weights than a cache: groups of panels, blocks that add up."""
+    g = torch.Generator().manual_seed(0)
+    cin, cout = channels
+    kin, kout = (cin + 1) // 2, (cout + 1) // 2
+    x = torch.randn(2, kin, *size, generator=g)
+    weight = torch.randn(cout, cin, kernel, kernel, generator=g) / (cin * kernel**2) ** 0.5
+    index = subsets(2, cin, kin, g), subsets(2, cout, kout, g)
+    options = ((1, 1), (kernel // 2,) * 2, (1, 1))
+    want = indexed_conv2d(x.double(), weight.double(), None, *index, None, *options)
+    found, mean = ops.conv2d(x, weight, None, *index, None, None, *options, 1, True, "", True)
+    torch.testing.assert_close(found.double(), want, **CLOSE)
+    torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("per_group", "stride"), [((1, 1), 1), ((1, 1), 2), ((4, 6), 1), ((16, 16), 2), ((1, 3), 1)])
+def test_groups(whole: bool, per_group: tuple[int, int], stride: int) -> None:
+    g = torch.Generator().manual_seed(1)
+    groups, (a, b) = 10, per_group
+    weight, bias = torch.randn(groups * b, a, 3, 3, generator=g), torch.randn(groups * b, generator=g)
+    options = ((stride, stride), (1, 1), (1, 1))
+    if whole:  # active groups are there with all their channels
+        active = subsets(2, groups, 4, g)
+        out_index = (active[:, :, None] * b + torch.arange(b)).flatten(1)
+        x = torch.randn(2, 4 * a, 9, 37, generator=g)
+        want = torch.cat([
+            F.conv2d(x[i : i + 1].double(), weight[out_index[i]].double(), bias[out_index[i]].double(), *options, 4)
+            for i in range(2)
+        ])  # fmt: skip
+        found, _ = ops.conv2d(x, weight, bias, None, out_index, None, None, *options, groups, True, "", False)
+    else:  # every group has the same number of active channels
+        kin, kout = max(1, a // 2), max(1, b // 2)
+        in_index = subsets(2, a, kin, g)
+        out_index = (torch.arange(groups)[None, :, None] * b + subsets(2, b, kout, g)[:, None]).flatten(1)
+        x = torch.randn(2, groups * kin, 9, 37, generator=g)
+        want = torch.cat([
+            F.conv2d(x[i : i + 1].double(), weight[out_index[i]][:, in_index[i]].double(),
+                     bias[out_index[i]].double(), *options, groups)
+            for i in range(2)
+        ])  # fmt: skip
+        found, _ = ops.conv2d(x, weight, bias, in_index, out_index, None, None, *options, groups, False, "", False)
+    torch.testing.assert_close(found.double(), want, **CLOSE)
+
+
+@given(
+    seed=st.integers(0, 10_000), batch=st.integers(1, 3), tokens=st.integers(1, 150), cin=st.integers(1, 200),
+    cout=st.integers(1, 90), some=st.tuples(*[st.booleans()] * 5), columns=st.tuples(st.booleans(), st.booleans()),
+    activation=st.sampled_from(["", *ACTIVATIONS]),
+)  # fmt: skip
+@FUZZ
+def test_linear(seed: int, batch: int, tokens: int, cin: int, cout: int, some: tuple[bool, ...],
+                columns: tuple[bool, bool], activation: str) -> None:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    kin, kout = (cin + 1) // 2 if some[0] else cin, (cout + 1) // 2 if some[1] else cout
+    in_index = subsets(batch, cin, kin, g) if some[0] else None
+    out_index = subsets(batch, cout, kout, g) if some[1] else None
+    x = torch.randn(batch, tokens, kin, generator=g)
+    weight, bias = torch.randn(cout, cin, generator=g) / cin**0.5, torch.randn(cout, generator=g) if some[2] else None
+    gain = torch.rand(batch, kout, generator=g) if some[3] and (some[0] or some[1]) else None
+    residual = torch.randn(batch, tokens, kout, generator=g) if some[4] and not columns[1] else None
+    rows = []
+    for i in range(batch):
+        w = weight if out_index is None else weight[out_index[i]]
+        w = w if in_index is None else w[:, in_index[i]]
+        b = bias if bias is None or out_index is None else bias[out_index[i]]
+        y = F.linear(x[i].double(), w.double(), None if b is None else b.double())
+        rows.append(y if gain is None else y * gain[i])
+    want = torch.stack(rows) if residual is None else torch.stack(rows) + residual
+    want = ACTIVATIONS[activation](want) if activation else want
+    given_x = x.movedim(-1, 1) if columns[0] else x
+    found = ops.linear(given_x, weight, bias, in_index, out_index, gain, residual, activation, *columns)
+    torch.testing.assert_close((found.movedim(1, -1) if columns[1] else found).double(), want, **CLOSE)
+
+
+@given(
+    seed=st.integers(0, 1000), size=st.tuples(st.integers(3, 40), st.integers(3, 80)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)), stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    ceil=st.booleans(), padded=st.booleans(), nan=st.booleans(),
+)  # fmt: skip
+@FUZZ
+def test_max_pool(seed: int, size: tuple, kernel: tuple, stride: tuple, ceil: bool, padded: bool, nan: bool) -> None:
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))
+    if nan:
+        x[0, 0, 1, 1] = torch.nan
+    padding = [k // 2 if padded else 0 for k in kernel]
+    want = F.max_pool2d(x, kernel, stride, padding, 1, ceil)
+    torch.testing.assert_close(ops.max_pool2d(x, kernel, stride, padding, ceil), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["", *ACTIVATIONS])
+def test_activations_over_their_range(activation: str) -> None:
+    """From underflow to overflow, and NaN and infinities as PyTorch has them."""
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-30, 3e38])
+    x = torch.cat([torch.linspace(-120, 120, 4001), torch.linspace(-6, 6, 4001), special])[None, None]
+    ones, none = torch.ones(1), torch.zeros(1)
+    found, _ = ops.affine(x, ones, none, None, activation, False)
+    want = ACTIVATIONS[activation](x.double().clone()) if activation else x.double()
+    if activation in ("gelu", "silu", "hardswish"):  # the far end of float32, where exp underflows to what is left
+        finite = x.isfinite() & (x.abs() < 200)
+        torch.testing.assert_close(found[finite].double(), want[finite], rtol=2e-6, atol=3e-7)
+        assert found[x.isnan()].isnan().all()
+    else:
+        torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 6), (1, 3, 50, 41), (3, 6, 10)])
+def test_affine(shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, scale, shift = torch.randn(*shape, generator=g), torch.randn(20, generator=g), torch.randn(20, generator=g)
+    index = subsets(shape[0], 20, shape[1], g)
+    found, mean = ops.affine(x, scale, shift, index, "relu", True)
+    view = (*index.shape, *[1] * (x.dim() - 2))
+    want = (x * scale[index].view(view) + shift[index].view(view)).relu()
+    torch.testing.assert_close(found, want, **CLOSE)
+    torch.testing.assert_close(mean, subsample(want), **CLOSE)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((2, 5, 33, 29), 1), ((2, 700, 37), 2), ((3, 9, 11, 40), 3), ((1, 4, 1, 1), 1)])
+def test_subsample(shape: tuple[int, ...], dim: int) -> None:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ops.subsample(x, dim), subsample(x, dim), **CLOSE)
+
+
+@pytest.mark.parametrize("k", [1, 5, 16])
+@pytest.mark.parametrize("boost", [True, False])
+def test_gate(k: int, boost: bool) -> None:
+    """Ties go to the lower index, as in the reference; most saliencies here are zero, and so tie."""
+    g = torch.Generator().manual_seed(k)
+    gate = Gate(16, 8, k, importance=torch.rand(16, generator=g), boost=boost)
+    with torch.no_grad():
+        gate.weight.copy_(torch.randn(16, 8, generator=g))
+    s = torch.rand(6, 8, generator=g)
+    found = ops.gate(s, gate.weight, gate.bias, gate.start, None, k, boost)
+    active, gain, _ = gate.select(s)
+    assert torch.equal(found[0], active)
+    torch.testing.assert_close(found[1], gain, rtol=0, atol=0)
+    index = subsets(6, 8, 3, g)
+    narrow = ops.gate(s.gather(1, index), gate.weight, gate.bias, gate.start, index, k, boost)
+    wide = torch.zeros_like(s).scatter(1, index, s.gather(1, index))
+    assert torch.equal(narrow[0], gate.select(wide)[0])
+
+
+def test_channel_index() -> None:
+    tables, fixed = [torch.tensor([[0, 1], [2, 3]]), torch.tensor([[6], [5]])], torch.tensor([4, 7])
+    plain, native_ = ChannelIndex(tables, fixed, 8), ChannelIndex(tables, fixed, 8, native=True)
+    active = torch.tensor([[1], [0]]), torch.tensor([[0], [1]])
+    assert torch.equal(plain(*active), native_(*active))
+    assert native_(*active).tolist() == [[2, 3, 4, 6, 7], [0, 1, 4, 5, 7]]
+
+
+def test_empty_batch() -> None:
+    weight = torch.randn(4, 3, 3, 3)
+    y, mean = ops.conv2d(torch.zeros(0, 3, 8, 8), weight, None, None, None, None, None, [1, 1], [1, 1], [1, 1], 1, True,
+                         "", True)  # fmt: skip
+    assert y.shape == (0, 4, 8, 8) and mean.shape == (0, 4)
+    assert ops.linear(torch.zeros(0, 5, 3), torch.zeros(4, 3), None, None, None, None, None, "").shape == (0, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [(torch.tensor([[0, 9]]), "outside"), (torch.tensor([[-1, 0]]), "outside"), (torch.tensor([0, 1]), "must be")],
+)
+def test_indices_out_of_range_are_refused(index: Tensor, message: str) -> None:
+    x, weight = torch.zeros(1, 2, 5, 5), torch.zeros(4, 3, 1, 1)
+    for indices in ((index, None), (torch.tensor([[0, 1]]), index)):
+        with pytest.raises((RuntimeError, IndexError), match=message):
+            ops.conv2d(x, weight, None, *indices, None, None, [1, 1], [0, 0], [1, 1], 1, True, "", False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"x": torch.zeros(1, 5, 6, 6)}, {"bias": torch.zeros(2)}, {"gain": torch.zeros(2, 2)}, {"kernel": 9},
+     {"residual": torch.zeros(1, 2, 3, 3)}, {"x": torch.zeros(1, 2, 6, 6).double()}],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_refused(change: dict) -> None:
+    size = change.get("kernel", 3)
+    with pytest.raises(RuntimeError):
+        ops.conv2d(change.get("x", torch.zeros(1, 2, 6, 6)), torch.zeros(4, 3, size, size), change.get("bias"),
+                   torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), change.get("gain"), change.get("residual"),
+                   [1, 1], [1, 1], [1, 1], 1, True, "", False)  # fmt: skip
+
+
+def test_several_python_threads_at_once() -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 64, 3, 3, generator=g)
+    jobs = [(torch.randn(1, 32, 20, 20, generator=g), subsets(1, 64, 32, g), subsets(1, 96, 48, g)) for _ in range(8)]
+
+    def run(job: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        x, i, o = job
+        y: Tensor = ops.conv2d(x, weight, None, i, o, None, None, [1, 1], [1, 1], [1, 1], 1, True, "", False)[0]
+        return y
+
+    alone, wrong = [run(job) for job in jobs], []
+
+    def repeatedly(n: int) -> None:
+        for _ in range(30):
+            if not torch.equal(run(jobs[n]), alone[n]):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=repeatedly, args=(n,)) for n in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_operators_are_well_registered() -> None:
+    """Schemas, fake kernels and mutation, as torch.library checks them: what compile and export rely on."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, i, o = torch.randn(2, 3, 8, 8), torch.randn(6, 5, 3, 3), subsets(2, 5, 3, g), subsets(2, 6, 4, g)
+    rest = ([1, 1], [1, 1], [1, 1], 1, True, "relu", True)
+    checks = ["test_schema", "test_faketensor"]
+    torch.library.opcheck(ops.conv2d.default, (x, weight, None, i, o, None, None, *rest), test_utils=checks)
+    residual = torch.randn(2, 4, 8, 8)
+    torch.library.opcheck(ops.conv2d_into.default, (x, weight, None, i, o, None, residual, *rest), test_utils=checks)
+    tokens, w = torch.randn(2, 7, 3), torch.randn(6, 5)
+    for columns in ((False, False), (False, True)):
+        torch.library.opcheck(ops.linear.default, (tokens, w, None, i, o, None, None, "gelu", *columns), test_utils=checks)
+    torch.library.opcheck(ops.subsample.default, (x, 1), test_utils=checks)
+    torch.library.opcheck(ops.max_pool2d.default, (x, [3, 3], [2, 2], [1, 1], False), test_utils=checks)
+    torch.library.opcheck(ops.affine.default, (x, torch.ones(5), torch.ones(5), i, "", True), test_utils=checks)
+    s = torch.rand(2, 5)
+    torch.library.opcheck(
+        ops.gate.default, (s, torch.randn(6, 5), torch.ones(6), torch.ones(6), None, 3, True), test_utils=checks
+    )
+    table, fixed = torch.tensor([[0], [1], [2]]), torch.tensor([3])
+    torch.library.opcheck(ops.channel_index.default, ([table], fixed, [torch.tensor([[0, 2]])], 4), test_utils=checks)
