@@ -44,12 +44,8 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     native.instruction_set(before)
 
 
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Fresh memory is NaN, so that what a kernel forgets to write, or reads too much of, shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+# Fresh memory is NaN, so that what a kernel forgets to write, or reads too much of, shows.
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def subsets(samples: int, channels: int, count: int, generator: torch.Generator) -> Tensor:

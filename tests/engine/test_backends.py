@@ -1,0 +1,151 @@
+"""Which backend computes: chosen, refused, timed; and the same numbers from each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from gatedprune import compact, wrap
+from gatedprune.engine import native
+from gatedprune.engine.narrow import NarrowConv2d, NarrowLinear, Selector
+from gatedprune.errors import BackendError, ConfigError
+from gatedprune.testing.case import enliven, excite
+from gatedprune.wrapping import GatedModel
+
+needs_native = pytest.mark.skipif(not native.load(), reason=f"no native engine here: {native.build_error()}")
+MODELS = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "test_nfnet", "test_mambaout"]
+
+
+def gate_up(name: str) -> tuple[GatedModel, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, *timm.get_pretrained_cfg(name).input_size[1:])
+    gated = wrap(enliven(timm.create_model(name)).eval(), example_inputs=x)
+    return excite(gated, (x,)), x
+
+
+@needs_native
+@pytest.mark.parametrize("name", MODELS)
+def test_native_equals_plain_pytorch(name: str) -> None:
+    gated, x = gate_up(name)
+    fast, plain = compact(gated, x, backend="native"), compact(gated, x, backend="torch")
+    assert (fast.backend, plain.backend) == ("native", "torch")
+    with torch.no_grad():
+        a, b = fast(x), plain(x)
+    same = all(torch.equal(fast.last_active[n], plain.last_active[n]) for n in gated.gates)
+    assert same, "near ties in float32 chose other channels: take another seed"
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@needs_native
+def test_layers_take_in_what_follows() -> None:
+    """Otherwise every map would be read and written again for its activation and for the next gate."""
+    gated, x = gate_up("test_resnet")
+    fast = compact(gated, x)
+    layers = [m for m in fast.modules() if isinstance(m, NarrowConv2d)]
+    assert any(m.activation == "relu" for m in layers) and any(m.subsample for m in layers)
+    assert any(m.inplace for m in layers)
+    assert any(m.subsampled for m in fast.modules() if isinstance(m, Selector))
+    left = {str(n.target) for g in fast._lowered.values() for n in g.graph.nodes if n.op == "call_function"}  # type: ignore[attr-defined]
+    assert not [t for t in left if "relu" in t or "aten.add" in t]
+    gated, x = gate_up("test_convnext")
+    linear = [m for m in compact(gated, x).modules() if isinstance(m, NarrowLinear)]
+    assert any(m.y_columns for m in linear) and any(m.x_columns for m in linear)
+
+
+@needs_native
+def test_input_and_intermediate_values_survive() -> None:
+    """Layers write over the residual: never over the caller's tensor, nor over what a later layer reads."""
+    gated, x = gate_up("test_resnet")
+    fast, before = compact(gated, x), x.clone()
+    with torch.no_grad():
+        first = fast(x)
+        assert torch.equal(x, before)
+        assert torch.equal(fast(x), first)
+
+
+@needs_native
+@pytest.mark.parametrize("change", ["double", "half"])
+def test_what_native_does_not_compute_is_refused_or_left_to_pytorch(change: str) -> None:
+    gated, x = gate_up("test_resnet")
+    with pytest.raises(BackendError, match="float32 on the CPU"):
+        getattr(compact(gated, x, backend="native"), change)()(x)
+    other = compact(gated, x).double()
+    assert other.backend == "torch"
+    other(x.double())
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    gated, x = gate_up("test_resnet")
+    monkeypatch.setitem(native.build._state, "loaded", False)
+    monkeypatch.setitem(native.build._state, "error", "there is no C++ compiler.")
+    with pytest.raises(BackendError, match=r"no C\+\+ compiler.*Use backend='auto'"):
+        compact(gated, x, backend="native")
+    fast = compact(gated, x)
+    assert fast.backend == "torch"
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), gated(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("environment", [{"CXX": "no-such-compiler"}, {"GATEDPRUNE_NATIVE": "0"}])
+def test_a_build_that_fails_says_why_once(environment: dict[str, str], tmp_path: object) -> None:
+    import os
+
+    code = "from gatedprune.engine import native; print(native.load(), native.build_error())"
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), **environment}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("False ")
+    assert next(iter(environment.values())) in ran.stdout or "GATEDPRUNE_NATIVE" in ran.stdout
+    assert "plain PyTorch is used" in ran.stderr and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("options", [{"backend": "cuda"}, {"share": "all"}, {"tune": {"conv1/0": "fast"}}])
+def test_options_out_of_their_domain(options: dict) -> None:
+    gated, x = gate_up("test_resnet")
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        compact(gated, x, **options)
+
+
+class _MeanOverBatch(nn.Module):
+    """The masked reference of share="batch": every gate sees the mean of what its samples would show it."""
+
+    def __init__(self, gated: GatedModel) -> None:
+        super().__init__()
+        self.gated = gated
+        for gate in gated.gates.values():
+            select = gate.select
+            gate.select = lambda s, select=select: select(s.mean(0, keepdim=True).expand_as(s))  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.gated(x)
+        return y
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
+def test_one_active_set_for_the_batch(name: str, backend: str) -> None:
+    gated, x = gate_up(name)
+    fast = compact(gated, x, share="batch", backend=backend)
+    with torch.no_grad():
+        found, want = fast(x), _MeanOverBatch(gated)(x)
+        assert all(len(a) == 1 for a in fast.last_active.values())
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@needs_native
+def test_tuning_is_kept_and_can_be_handed_on() -> None:
+    gated, x = gate_up("test_resnet")
+    fast = compact(gated, x, tune=True)
+    assert fast.tuning and set(fast.tuning.values()) <= {"native", "torch"}
+    choice = {path: "torch" for path in fast.tuning}
+    other = compact(gated, x, tune=choice)
+    assert other.tuning == choice
+    assert not any(m.native for m in other.modules() if isinstance(m, (NarrowConv2d, NarrowLinear)))
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), fast(x), rtol=1e-3, atol=1e-3)
+        other(x[..., :48])  # another size: what it has in common is tuned alike
+    assert not any(m.native for m in other.modules() if isinstance(m, (NarrowConv2d, NarrowLinear)))
