@@ -1,9 +1,10 @@
-"""The command line: `gatedprune inspect` and `gatedprune compare`."""
+"""The command line: `gatedprune inspect`, `compare` and `bench`."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import json
 import sys
 from collections import defaultdict
@@ -92,6 +93,7 @@ def main() -> None:
       gatedprune inspect vit_small_patch16_224        attention heads and hidden units of a transformer
       gatedprune inspect mypackage.models:build       a model of your own: what build() returns
       gatedprune compare resnet18 --ratio 0.5         dense, static and dynamic: MACs, parameters, ms
+      gatedprune bench resnet50 --ratio 0.3,0.5       the same over ratios, sizes, batches and threads, as a plot
     """
 
 
@@ -146,6 +148,75 @@ def compare(model: Callable[..., nn.Module], ratio: float | None, macs: float | 
     result = _explained(work)
     if file is not None:
         result.to_json(file)
+    click.echo(str(result))
+
+
+class _Numbers(click.ParamType):
+    """A comma-separated list of numbers."""
+
+    def __init__(self, kind: type, low: float, high: float) -> None:
+        self.kind, self.low, self.high = kind, low, high
+        self.name = "N,…"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        try:
+            numbers = [self.kind(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers such as 0.3,0.5", param, ctx)
+        if not all(self.low <= n <= self.high for n in numbers):
+            self.fail(f"{value!r} has numbers outside [{self.low:g}, {self.high:g}]", param, ctx)
+        return numbers
+
+
+@main.command()
+@click.argument("model", type=_Model())
+@click.option("--size", "sizes", type=_Size(), multiple=True, help="Image size in pixels; may be given several times.")
+@click.option("--ratio", "ratios", type=_Numbers(float, 0, 0.99), default="0.5", show_default=True,
+              help="Shares of each site's channels that are suppressed.")
+@click.option("--batch", "batches", type=_Numbers(int, 1, 4096), default="1", show_default=True, help="Images a call.")
+@click.option("--threads", type=_Numbers(int, 1, 1024), default="1", show_default=True, help="Threads for one operator.")
+@click.option("--against", "runtimes", multiple=True, type=click.Choice(["compile", "onnxruntime", "openvino"]),
+              help="Also time the static model in this runtime; may be given several times.")
+@click.option("--backend", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True,
+              help="What computes the dynamic model.")
+@click.option("--tune", is_flag=True, help="Choose each layer's backend by timing it.")
+@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that are timed.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it to a file.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw ms over MACs to a .png, .svg or .pdf.")
+def bench(model: Callable[..., nn.Module], sizes: tuple[tuple[int, int], ...], ratios: list[float],
+          batches: list[int], threads: list[int], runtimes: tuple[str, ...], backend: str, tune: bool,
+          repeats: int, file: Path | None, plot: Path | None) -> None:  # fmt: skip
+    """How fast: dense, static and dynamic timed together, over sizes, ratios, batches and threads.
+
+    \b
+      gatedprune bench resnet50 --size 480x640 --size 224 --threads 1,2
+      gatedprune bench resnet50 --ratio 0,0.1,0.3,0.5,0.7,0.9 --plot resnet50.svg --json resnet50.json
+      gatedprune bench mobilenetv2_100 --batch 1,8 --against onnxruntime --against compile
+
+    Equality of the dynamic model with the masked reference is checked first. "realised" is the share of the theoretical
+    speed-up: time saved over MACs saved. Weights are random. Needs the extra `compare`, a plot the extra `bench`.
+    """
+    from .compare.bench import bench as run  # torch-pruning is optional
+
+    def work() -> Any:
+        torch.manual_seed(0)
+        size = sizes[0] if sizes else None
+        network = model("cpu", size)
+        shapes = list(sizes) or [(_image(network, None)[1], _image(network, None)[2])]
+        count = len(shapes) * len(ratios) * len(batches) * len(threads)
+        with click.progressbar(length=count, label="timing", file=sys.stderr) as bar:
+            return run(network, shapes, ratios=ratios, batches=batches, threads=threads, runtimes=runtimes,
+                       backend=backend, tune=tune, repeats=repeats, on_cell=lambda _: bar.update(1))  # fmt: skip
+
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException("--plot needs matplotlib: pip install 'gatedprune[bench]'.")
+    result = _explained(work)
+    if file is not None:
+        result.to_json(file)
+    if plot is not None:
+        result.plot(plot)
     click.echo(str(result))
 
 

@@ -90,18 +90,7 @@ class Comparison:
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict` to a file, in one piece: a crash leaves the old file, or none."""
-        target = Path(path)
-        descriptor, scratch = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(self.to_dict(), stream, indent=2)
-                stream.write("\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(scratch, target)
-        except BaseException:
-            os.unlink(scratch)
-            raise
+        write_json(self.to_dict(), path)
 
     def __str__(self) -> str:
         dense = self.rows[0]
@@ -144,6 +133,22 @@ class Comparison:
         if self.dynamic_only:
             lines.append(f"{len(self.dynamic_only)} of them, on the residual stream, stay whole in the static model")
         return lines
+
+
+def write_json(value: dict[str, Any], path: str | Path) -> None:
+    """Write JSON in one piece: a crash leaves the old file, or none."""
+    target = Path(path)
+    descriptor, scratch = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=2)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, target)
+    except BaseException:
+        os.unlink(scratch)
+        raise
 
 
 def compare(
