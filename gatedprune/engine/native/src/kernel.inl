@@ -40,10 +40,21 @@ GP_INLINE V vmin(V a, V b) { return a < b ? a : b; }
 GP_INLINE V vmax_nan(V a, V b) { return (a > b) | (a != a) ? a : b; }
 GP_INLINE V vabs(V a) { return (V)((M)a & 0x7fffffff); }
 GP_INLINE float hsum(V a) {
-  float s = 0;
-  for (int i = 0; i < L; i++) s += a[i];
-  return s;
+  float s[4] = {0, 0, 0, 0};
+  for (int i = 0; i < L; i += 4)
+    for (int j = 0; j < 4; j++) s[j] += a[i + j];
+  return (s[0] + s[1]) + (s[2] + s[3]);
 }
+#ifndef GP_PARTIAL
+// The first n < L values; the others are zero.
+GP_INLINE V load_part(const float* p, int64_t n) {
+  V v = V{};
+  std::memcpy(&v, p, n * sizeof(float));
+  return v;
+}
+GP_INLINE void store_part(float* p, V v, int64_t n) { std::memcpy(p, &v, n * sizeof(float)); }
+GP_INLINE V keep_part(V v, int64_t n) { return load_part(reinterpret_cast<const float*>(&v), n); }
+#endif
 
 // Blocks of 4 × 4 for turning tokens into columns and back.
 typedef float Q __attribute__((vector_size(16)));
@@ -239,7 +250,7 @@ GP_INLINE void pack(const Layer& l, const Gather& g, int64_t n0, int nv, int64_t
       int v = 0;
       for (; v < whole; v++) *(V*)(to + v * L) = load(from + v * L);
       for (; v < nv; v++)
-        for (int i = 0; i < L; i++) to[v * L + i] = v * L + i < columns ? from[v * L + i] : 0.f;
+        *(V*)(to + v * L) = columns > v * L ? load_part(from + v * L, columns - v * L) : V{};
     }
   } else if (l.source == Source::padded) {
     int64_t j = k0 / l.taps, t = k0 % l.taps;
@@ -261,32 +272,30 @@ GP_INLINE void pack(const Layer& l, const Gather& g, int64_t n0, int nv, int64_t
   }
 }
 
-// Bias, gain, residual, activation, in that order; then the store, and the sum of |y|.
-GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, int nv, float* sums) {
+// Bias, gain, residual, activation, in that order; then the store, and the sum of |y| added to `sum` (L floats).
+GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, int nv, float* sum) {
   const int64_t o = l.out ? l.out[r] : l.first_row + r;
   const V bias = splat(l.bias ? l.bias[o] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
   const int64_t columns = std::min<int64_t>(nv * L, l.pixels - n0);
-  V sum = V{};
-  float rest = 0;
+  float* y = l.y + r * l.ldy + n0;
+  const float* residual = l.residual ? l.residual + r * l.ldy + n0 : nullptr;
+  V total = sum ? *(const V*)sum : V{};
   for (int v = 0; v < nv; v++) {
-    const int64_t at = r * l.ldy + n0 + v * L, live = std::min<int64_t>(L, columns - v * L);
-    V y = (*(const V*)(acc + v * L) + bias) * gain;
-    if (live == L) {
-      if (l.residual) y += load(l.residual + at);
-      y = activate(y, l.activation);
-      store(l.y + at, y);
-      sum += vabs(y);
-    } else {
-      if (l.residual)
-        for (int64_t i = 0; i < live; i++) y[i] += l.residual[at + i];
-      y = activate(y, l.activation);
-      for (int64_t i = 0; i < live; i++) {
-        l.y[at + i] = y[i];
-        rest += std::fabs(y[i]);
-      }
+    const int64_t live = columns - v * L;
+    V x = (*(const V*)(acc + v * L) + bias) * gain;
+    if (live >= L) {
+      if (residual) x += load(residual + v * L);
+      x = activate(x, l.activation);
+      store(y + v * L, x);
+      total += vabs(x);
+    } else if (live > 0) {
+      if (residual) x += load_part(residual + v * L, live);
+      x = activate(x, l.activation);
+      store_part(y + v * L, x, live);
+      total += vabs(keep_part(x, live));
     }
   }
-  if (sums) sums[r] += hsum(sum) + rest;
+  if (sum) *(V*)sum = total;
 }
 
 // The same for tokens, all rows [r0, r1) of a panel at once: they lie side by side.
@@ -312,7 +321,7 @@ static int64_t group_size(int64_t weight_bytes) { return weight_bytes > (512 << 
 
 static int64_t scratch(int64_t rows, int64_t weight_bytes) {
   const int64_t width = GP_MAX_NV * L, group = group_size(weight_bytes);
-  return group * width * (K_BLOCK + rows + 16) + 64;
+  return group * width * (K_BLOCK + rows + 16) + rows * L + 64;
 }
 
 GP_INLINE const float* row_of(const Layer& l, int64_t r) {
@@ -324,6 +333,9 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   const int64_t depth = l.channels * l.taps, rows = r1 - r0;
   const int64_t most = group_size(4 * l.rows * l.ldw);
   float* packed = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+  float* totals = packed;  // of |y|, a vector for each row
+  packed += rows * L;
+  if (sums) std::memset(totals, 0, rows * L * sizeof(float));
   Gather gather[MAX_GROUP];
   // Panels as equal as can be: with 13 vectors 4, 3, 3 and 3.
   for (int64_t left = v1 - v0, v = v0; left > 0;) {
@@ -355,7 +367,7 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
           tiles.of[nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0,
                                p == 0 && more ? ahead : nullptr, l.columns + (wrap ? k1 : k0));
           if (k1 == depth && !l.tokens_out)
-            for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, (v + p * nv) * L, nv, sums);
+            for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, (v + p * nv) * L, nv, sums ? totals + (r + i - r0) * L : nullptr);
         }
         r += height;
       }
@@ -365,6 +377,8 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
     v += group * nv;
     left -= group * nv;
   }
+  if (sums)
+    for (int64_t r = r0; r < r1; r++) sums[r] += hsum(*(const V*)(totals + (r - r0) * L));
 }
 
 // Several vectors at once, from one row of the map or from several, since each waits for its own last product.
@@ -387,7 +401,6 @@ template <bool POOL>
 GP_TARGET static void over_taps(const Depthwise& d, float* sum) {
   constexpr int MANY = 8;
   V total = V{};
-  float rest = 0;
   const int64_t across = (d.width + L - 1) / L, vectors = d.height * across;
   for (int64_t first = 0; first < vectors; first += MANY) {
     V a[MANY];
@@ -412,14 +425,12 @@ GP_TARGET static void over_taps(const Depthwise& d, float* sum) {
         store(to, y);
         total += vabs(y);
       } else {
-        for (int64_t i = 0; i < live; i++) {
-          to[i] = y[i];
-          rest += std::fabs(y[i]);
-        }
+        store_part(to, y, live);
+        total += vabs(keep_part(y, live));
       }
     }
   }
-  if (sum) *sum += hsum(total) + rest;
+  if (sum) *sum += hsum(total);
 }
 
 GP_TARGET static void depthwise(const Depthwise& d, float* sum) {
@@ -440,7 +451,6 @@ GP_TARGET static void abs_sum_tokens(const float* x, int64_t tokens, int64_t cha
 
 GP_TARGET static float affine(const float* x, int64_t n, float scale, float shift, Activation act, float* y) {
   V sum = V{};
-  float rest = 0;
   int64_t i = 0;
   for (; i + L <= n; i += L) {
     const V v = activate(load(x + i) * scale + shift, act);
@@ -448,15 +458,11 @@ GP_TARGET static float affine(const float* x, int64_t n, float scale, float shif
     sum += vabs(v);
   }
   if (i < n) {
-    V v = V{};
-    for (int64_t j = i; j < n; j++) v[j - i] = x[j];
-    v = activate(v * scale + shift, act);
-    for (int64_t j = i; j < n; j++) {
-      y[j] = v[j - i];
-      rest += std::fabs(y[j]);
-    }
+    const V v = activate(load_part(x + i, n - i) * scale + shift, act);
+    store_part(y + i, v, n - i);
+    sum += vabs(keep_part(v, n - i));
   }
-  return hsum(sum) + rest;
+  return hsum(sum);
 }
 
 GP_TARGET static float abs_sum(const float* x, int64_t n) {

@@ -8,6 +8,19 @@
 #define GP_TILE_2 12
 #define GP_TILE_3 8
 #define GP_TILE_4 6
+#include <immintrin.h>
+
+#include <cstdint>
+namespace gatedprune {
+namespace avx512 {
+typedef float V __attribute__((vector_size(64)));
+#define GP_PARTIAL static inline __attribute__((always_inline)) GP_TARGET
+GP_PARTIAL __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
+GP_PARTIAL V load_part(const float* p, int64_t n) { return (V)_mm512_maskz_loadu_ps(first(n), p); }
+GP_PARTIAL void store_part(float* p, V v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
+GP_PARTIAL V keep_part(V v, int64_t n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
+}  // namespace avx512
+}  // namespace gatedprune
 #include "kernel.inl"
 
 namespace gatedprune {

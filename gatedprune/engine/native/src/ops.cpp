@@ -520,20 +520,29 @@ std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Te
   TORCH_CHECK(g.scalar_type() == at::kFloat, "the gate must be float32");
   TORCH_CHECK(k >= 1 && k <= C, "k must be in [1, ", C, "]");
   Tensor active = at::empty({B, k}, g.options().dtype(at::kLong)), gain = at::empty({B, k}, g.options());
-  std::vector<int64_t> order(C);
+  std::vector<uint64_t> keys(C);
+  std::vector<char> wins(C);
+  const float* at_start = from.const_data_ptr<float>();
   for (int64_t b = 0; b < B; b++) {
     const float* v = g.const_data_ptr<float>() + b * C;
-    const float* at_start = from.const_data_ptr<float>();
-    std::iota(order.begin(), order.end(), 0);
-    if (k < C)  // largest first, ties to the lower index; NaN counts as largest, as in torch.sort
-      std::nth_element(order.begin(), order.begin() + k, order.end(), [v](int64_t i, int64_t j) {
-        const bool ni = v[i] != v[i], nj = v[j] != v[j];
-        if (ni || nj) return ni != nj ? ni : i < j;
-        return v[i] != v[j] ? v[i] > v[j] : i < j;
-      });
     int64_t* to = active.mutable_data_ptr<int64_t>() + b * k;
-    std::copy(order.begin(), order.begin() + k, to);
-    std::sort(to, to + k);
+    if (k == C) {
+      std::iota(to, to + k, 0);
+    } else {
+      // Largest first, ties to the lower index; NaN counts as largest, as in torch.sort. g is not negative, and so is
+      // ordered as its bits are.
+      for (int64_t i = 0; i < C; i++) {
+        uint32_t bits;
+        const float value = v[i] != v[i] ? std::numeric_limits<float>::quiet_NaN() : v[i] + 0.f;
+        std::memcpy(&bits, &value, 4);
+        keys[i] = uint64_t(~bits) << 32 | uint64_t(i);
+      }
+      std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end());
+      std::fill(wins.begin(), wins.end(), 0);
+      for (int64_t i = 0; i < k; i++) wins[keys[i] & 0xffffffffu] = 1;
+      for (int64_t i = 0, j = 0; i < C; i++)
+        if (wins[i]) to[j++] = i;
+    }
     float* f = gain.mutable_data_ptr<float>() + b * k;
     for (int64_t j = 0; j < k; j++) {
       const float one = 1 + (v[to[j]] - at_start[to[j]]);
