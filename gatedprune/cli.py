@@ -173,18 +173,38 @@ class _Numbers(click.ParamType):
 @main.command()
 @click.argument("model", type=_Model())
 @click.option("--size", "sizes", type=_Size(), multiple=True, help="Image size in pixels; may be given several times.")
-@click.option("--ratio", "ratios", type=_Numbers(float, 0, 0.99), default="0.5", show_default=True,
-              help="Shares of each site's channels that are suppressed.")
+@click.option(
+    "--ratio",
+    "ratios",
+    type=_Numbers(float, 0, 0.99),
+    default="0.5",
+    show_default=True,
+    help="Shares of each site's channels that are suppressed.",
+)
 @click.option("--batch", "batches", type=_Numbers(int, 1, 4096), default="1", show_default=True, help="Images a call.")
-@click.option("--threads", type=_Numbers(int, 1, 1024), default="1", show_default=True, help="Threads for one operator.")
-@click.option("--against", "runtimes", multiple=True, type=click.Choice(["compile", "onnxruntime", "openvino"]),
-              help="Also time the static model in this runtime; may be given several times.")
-@click.option("--backend", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True,
-              help="What computes the dynamic model.")
+@click.option(
+    "--threads", type=_Numbers(int, 1, 1024), default="1", show_default=True, help="Threads for one operator."
+)
+@click.option(
+    "--against",
+    "runtimes",
+    multiple=True,
+    type=click.Choice(["compile", "onnxruntime", "openvino"]),
+    help="Also time the static model in this runtime; may be given several times.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "native", "torch"]),
+    default="auto",
+    show_default=True,
+    help="What computes the dynamic model.",
+)
 @click.option("--tune", is_flag=True, help="Choose each layer's backend by timing it.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that are timed.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it to a file.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw ms over MACs to a .png, .svg or .pdf.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw ms over MACs to a .png, .svg or .pdf."
+)
 def bench(model: Callable[..., nn.Module], sizes: tuple[tuple[int, int], ...], ratios: list[float],
           batches: list[int], threads: list[int], runtimes: tuple[str, ...], backend: str, tune: bool,
           repeats: int, file: Path | None, plot: Path | None) -> None:  # fmt: skip

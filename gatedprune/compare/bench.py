@@ -140,9 +140,7 @@ class Benchmark:
             raise ImportError("A plot needs matplotlib: pip install 'gatedprune[bench]'.") from error
         groups = sorted({(c.size, c.batch, c.threads) for c in self.cells})
         figure = Figure(figsize=(5.5 * len(groups), 4.2), layout="constrained")
-        for axes, (size, batch, threads) in zip(
-            figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True
-        ):
+        for axes, (size, batch, threads) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
             cells = [c for c in self.cells if (c.size, c.batch, c.threads) == (size, batch, threads)]
             dense = max(cells, key=lambda c: c.latency["dense"].median_ms)
             full = dense.macs["dense"] / 1e9, dense.latency["dense"].median_ms
@@ -209,17 +207,18 @@ def bench(
         macs = {name: count_macs(m, one).total for name, m in models.items()}
         for batch in batches:
             x = torch.randn(batch, 3, *size)
-            error = check_equality(gated, fast, (x,)).native
+            difference = check_equality(gated, fast, (x,)).native
             timed = dict(models)
             for runtime in runtimes if "static" in models else ():
                 timed[f"static, {runtime}"] = RUNTIMES[runtime](models["static"], x, max(threads))
             for count in threads:
                 latency = measure_latency(timed, x, threads=count, warmup=warmup, repeats=repeats)
-                cells.append(Cell(size, ratio, batch, count, macs, latency, error, tuple(notes)))
+                cells.append(Cell(size, ratio, batch, count, macs, latency, difference, tuple(notes)))
                 if on_cell is not None:
                     on_cell(cells[-1])
-    name = type(model).__name__ if not hasattr(model, "default_cfg") else model.default_cfg.get("architecture", "model")
-    return Benchmark(str(name), tuple(cells), used, environment())
+    config = getattr(model, "default_cfg", None)
+    name = config.get("architecture") if isinstance(config, dict) else None
+    return Benchmark(str(name or type(model).__name__), tuple(cells), used, environment())
 
 
 def _number(value: float | None) -> str:

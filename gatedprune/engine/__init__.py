@@ -1,8 +1,8 @@
 """The engine: a model that computes only active channels.
 
 `compact` keeps one lowered graph per image size; `lowering` makes it out of the captured graph, with `layout` (which
-channels a narrow tensor holds) and `constants` (folding), `fusion` lets layers take in what follows them; `narrow` holds
-the operators, in plain PyTorch, and `native` the same ones in C++.
+channels a narrow tensor holds) and `constants` (folding), `fusion` lets layers take in what follows them;
+`narrow` holds the operators, in plain PyTorch, and `native` the same ones in C++.
 """
 
 from .compact import CompactModel, compact

@@ -40,8 +40,8 @@ def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "aut
 
         backend: "native": the C++ engine, for float32 on the CPU, built when first used (about 15 seconds, once);
             "torch": plain PyTorch, anywhere; "auto": native where it can be had and the input fits it.
-        share: "sample": every sample has its own active sets; "batch": the batch has one, from the mean over its samples
-            of what the gates see, so that its layers run as one; outputs then depend on the batch.
+        share: "sample": every sample has its own active sets; "batch": the batch has one, from the mean over its
+            samples of what the gates see, so that its layers run as one; outputs then depend on the batch.
         tune: Time each layer on ``example_inputs`` with the native backend and with plain PyTorch, and keep the faster
             (a few seconds); or the choice of an earlier model, its ``tuning``.
 

@@ -29,6 +29,10 @@ def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple]) -> None
         shapes: Value → what it holds; two values with equal entries have the same shape and channels.
     """
     for node in list(graph.nodes):
+        if operators.op_name(node.target) in ("dropout", "feature_dropout", "alpha_dropout") and node.args[2] is False:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    for node in list(graph.nodes):
         layer = _module(root, node)
         if isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowLinear)):
             node = _residual(root, graph, node, shapes)
@@ -125,9 +129,10 @@ def _columns(root: nn.Module, node: fx.Node) -> None:
     second = None if user is None else _module(root, user)
     if not isinstance(first, narrow.NarrowLinear) or not isinstance(second, narrow.NarrowLinear):
         return
-    if user is not None and user.args[0] is last and last not in user.args[1:] and (first.native and second.native):
-        if len(node.args) < 5 or node.args[4] is None:  # a residual would have to be turned
-            first.y_columns = second.x_columns = True
+    assert user is not None
+    turned = len(node.args) > 4 and node.args[4] is not None  # a residual would have to be turned, too
+    if user.args[0] is last and last not in user.args[1:] and first.native and second.native and not turned:
+        first.y_columns = second.x_columns = True
 
 
 def _mutates(root: nn.Module, node: fx.Node) -> bool:
@@ -142,7 +147,7 @@ def _subsample(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     source, selector = node.args[0], _module(root, node)
     assert isinstance(source, fx.Node) and isinstance(selector, narrow.Selector)
     if source.target is operator.getitem and source.args[1] == 0:  # already does, for another gate
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
     layer = _module(root, source)  # type: ignore[arg-type]
     if not isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowAffine)) or selector.gate.channel_dim != 1:
         return

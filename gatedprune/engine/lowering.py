@@ -161,7 +161,9 @@ class Lowering:
     def _select(self, name: str, found: SiteNodes) -> None:
         layout = self.state[found.gate_input]
         args = (self.env[found.gate_input],) if layout is None else (self.env[found.gate_input], self.index(layout))
-        both = self.module(f"{name}#gate", narrow.Selector(self.gates[name], native=self.native, shared=self.shared), args)
+        both = self.module(
+            f"{name}#gate", narrow.Selector(self.gates[name], native=self.native, shared=self.shared), args
+        )
         self.selected[name] = tuple(self.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))  # type: ignore[assignment]
 
     # --- operators -------------------------------------------------------------------------------------------------

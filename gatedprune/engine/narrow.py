@@ -1,7 +1,7 @@
 """Operators over active sets: any device, any batch, every sample with its own channels.
 
-Indices are (B, n): which channels of the full tensor the n channels of a narrow one are, ascending. In plain PyTorch the
-weights of the winners are gathered per sample and an ordinary convolution or linear layer runs on the narrow tensors;
+Indices are (B, n): which channels of the full tensor the n channels of a narrow one are, ascending. In plain PyTorch
+the weights of the winners are gathered per sample and an ordinary convolution or linear layer runs on the narrow tensors;
 the native backend reads them where they lie.
 """
 
@@ -47,8 +47,8 @@ class Selector(nn.Module):
     The input may be narrow: then ``index`` (B, n) says which of the C_in channels it holds, and the others count as
     zero, as they are in the masked model.
     ``subsampled``: the input is s(x) already, (B, C_in) or (B, n), which the layer before has computed by the way.
-    ``shared``: one active set and gain (1, k) for the batch, from the mean saliency, that is (up to the rectifier, which
-    is applied last) from the mean of s.
+    ``shared``: one active set and gain (1, k) for the batch, from the mean saliency, that is (up to the rectifier,
+    which is applied last) from the mean of s.
     """
 
     def __init__(self, gate: Gate, native: bool = False, shared: bool = False) -> None:
@@ -186,7 +186,10 @@ class NarrowConv2d(nn.Module):
     def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
                 gain: Tensor | None = None, residual: Tensor | None = None) -> Any:  # fmt: skip
         if self.native and _fits(x) and self.weight.dtype is torch.float32:
-            rest = (self.stride, self.padding, self.dilation, self.groups, self.whole_groups, self.activation, self.subsample)  # fmt: skip
+            rest = (
+                self.stride, self.padding, self.dilation, self.groups, self.whole_groups, self.activation,
+                self.subsample,
+            )  # fmt: skip
             if self.inplace and residual is not None:
                 y, s = residual, torch.ops.gatedprune.conv2d_into(
                     x, self.weight, self.bias, in_index, out_index, gain, residual, *rest)  # fmt: skip
@@ -213,8 +216,8 @@ class NarrowLinear(nn.Module):
     """A linear layer over active sets; x is (B, …, n_in), the rest as in `NarrowConv2d`.
 
     Attributes:
-        x_columns, y_columns: Between two such layers: x is (B, n_in, …), the result (B, n_out, …), as the native kernels
-            compute it.
+        x_columns, y_columns: Between two such layers: x is (B, n_in, …), the result (B, n_out, …), as the native
+            kernels compute it.
     """
 
     weight: Tensor
@@ -293,7 +296,7 @@ class MaxPool2d(nn.Module):
 
 
 class NarrowAffine(nn.Module):
-    """A batch norm in eval mode on a tensor whose active channels ``index`` names, and the activation: x · scale + shift.
+    """A batch norm in eval mode, x · scale + shift, of the active channels that ``index`` names, and the activation.
 
     ``activation`` and ``subsample`` as in `NarrowConv2d`.
     """

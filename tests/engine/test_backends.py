@@ -141,7 +141,7 @@ def test_tuning_is_kept_and_can_be_handed_on() -> None:
     gated, x = gate_up("test_resnet")
     fast = compact(gated, x, tune=True)
     assert fast.tuning and set(fast.tuning.values()) <= {"native", "torch"}
-    choice = {path: "torch" for path in fast.tuning}
+    choice = dict.fromkeys(fast.tuning, "torch")
     other = compact(gated, x, tune=choice)
     assert other.tuning == choice
     assert not any(m.native for m in other.modules() if isinstance(m, (NarrowConv2d, NarrowLinear)))

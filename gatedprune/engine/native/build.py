@@ -52,7 +52,7 @@ def load(required: bool = False) -> bool:
             try:
                 _load()
                 _state["loaded"] = True
-            except Exception as e:  # whatever a compiler or a linker may do
+            except Exception as e:  # noqa: BLE001 - whatever a compiler or a linker may do
                 _state["error"] = _explain(e)
                 logging.getLogger("gatedprune").warning(
                     "The native engine is not available, plain PyTorch is used: %s", _state["error"]
@@ -98,7 +98,9 @@ def _load() -> None:
             if shutil.which(compiler) is None:
                 raise RuntimeError(f"there is no C++ compiler ({compiler}). Install g++ or clang++, or set CXX.")
             cpp_extension.verify_ninja_availability()
-            logging.getLogger("gatedprune").warning("Building the native engine in %s: once, about 15 seconds.", directory)
+            logging.getLogger("gatedprune").warning(
+                "Building the native engine in %s: once, about 15 seconds.", directory
+            )
         try:
             cpp_extension.load(name, [str(s) for s in sources], extra_cflags=flags, extra_ldflags=_link_flags(flags),
                                is_python_module=False)  # fmt: skip
@@ -109,7 +111,7 @@ def _load() -> None:
 
 
 def _threads() -> tuple[list[str], list[str]]:
-    """Flags to compile and to link with the OpenMP runtime that torch itself has loaded: a second one would fight it."""
+    """Flags to compile and to link with the OpenMP runtime that torch itself has loaded: a second would fight it."""
     if not torch.backends.openmp.is_available() or sys.platform == "darwin":
         return [], []  # at::parallel_for is then a plain loop
     own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))

@@ -235,7 +235,9 @@ def test_affine(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(mean, subsample(want), **CLOSE)
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((2, 5, 33, 29), 1), ((2, 700, 37), 2), ((3, 9, 11, 40), 3), ((1, 4, 1, 1), 1)])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2, 5, 33, 29), 1), ((2, 700, 37), 2), ((3, 9, 11, 40), 3), ((1, 4, 1, 1), 1)]
+)
 def test_subsample(shape: tuple[int, ...], dim: int) -> None:
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ops.subsample(x, dim), subsample(x, dim), **CLOSE)
@@ -336,7 +338,9 @@ def test_operators_are_well_registered() -> None:
     torch.library.opcheck(ops.conv2d_into.default, (x, weight, None, i, o, None, residual, *rest), test_utils=checks)
     tokens, w = torch.randn(2, 7, 3), torch.randn(6, 5)
     for columns in ((False, False), (False, True)):
-        torch.library.opcheck(ops.linear.default, (tokens, w, None, i, o, None, None, "gelu", *columns), test_utils=checks)
+        torch.library.opcheck(
+            ops.linear.default, (tokens, w, None, i, o, None, None, "gelu", *columns), test_utils=checks
+        )
     torch.library.opcheck(ops.subsample.default, (x, 1), test_utils=checks)
     torch.library.opcheck(ops.max_pool2d.default, (x, [3, 3], [2, 2], [1, 1], False), test_utils=checks)
     torch.library.opcheck(ops.affine.default, (x, torch.ones(5), torch.ones(5), i, "", True), test_utils=checks)

@@ -1,0 +1,102 @@
+"""`bench`: every combination timed, what is missing said, and the numbers that it derives."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import timm
+from click.testing import CliRunner
+
+from gatedprune.cli import main
+from gatedprune.compare import bench as module
+from gatedprune.compare.bench import Benchmark, Cell, bench
+from gatedprune.errors import ConfigError, ModelError
+from gatedprune.measure.environment import environment
+from gatedprune.measure.latency import Latency
+
+pytest.importorskip("torch_pruning")
+
+
+@pytest.fixture(scope="module")
+def result() -> Benchmark:
+    model = timm.create_model("test_resnet").eval()
+    return bench(model, [(64, 96)], ratios=[0.25, 0.5], batches=[1, 2], threads=[1, 2], repeats=2, warmup=1)
+
+
+def test_every_combination(result: Benchmark) -> None:
+    seen = [(c.size, c.ratio, c.batch, c.threads) for c in result.cells]
+    assert seen == [((64, 96), r, b, t) for r in (0.25, 0.5) for b in (1, 2) for t in (1, 2)]
+    for cell in result.cells:
+        assert set(cell.latency) == set(cell.macs) == {"dense", "static", "dynamic"}
+        assert cell.latency["dense"].batch == cell.batch and cell.latency["dense"].threads == cell.threads
+        assert cell.macs["static"] < cell.macs["dynamic"] < cell.macs["dense"]
+        assert cell.error < 1e-4
+    more, fewer = (next(c for c in result.cells if c.ratio == r) for r in (0.25, 0.5))
+    assert fewer.macs["dynamic"] < more.macs["dynamic"]
+
+
+def cell(dense: float, dynamic: float, macs: int) -> Cell:
+    def latency(ms: float) -> Latency:
+        return Latency(ms, ms, ms, 3, 1, 1, "cpu")
+
+    times = {"dense": latency(dense), "dynamic": latency(dynamic)}
+    return Cell((8, 8), 0.5, 1, 1, {"dense": 100, "dynamic": macs}, times, 0.0, ("no static column: because",))
+
+
+def test_what_is_derived() -> None:
+    one = cell(100.0, 50.0, 40)
+    assert one.speedup == 2.0 and one.against_static is None
+    assert one.realised == pytest.approx(0.5 / 0.6)
+    assert cell(100.0, 40.0, 40).realised == pytest.approx(1.0)
+    assert cell(100.0, 50.0, 100).realised is None
+
+
+def test_a_missing_column_is_explained() -> None:
+    text = str(Benchmark("m", (cell(100.0, 50.0, 40),), "torch", environment()))
+    assert "no static column: because" in text and "83%" in text
+
+
+def test_static_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise ModelError("it cannot be cut")
+
+    monkeypatch.setattr(module, "prune_static", fails)
+    found = bench(timm.create_model("test_resnet").eval(), [(64, 64)], repeats=1, warmup=0)
+    assert set(found.cells[0].latency) == {"dense", "dynamic"}
+    assert "it cannot be cut" in str(found)
+
+
+def test_bad_requests() -> None:
+    model = timm.create_model("test_resnet").eval()
+    with pytest.raises(ConfigError, match="at least one size"):
+        bench(model, [])
+    with pytest.raises(ConfigError, match="Unknown runtime 'tvm'.*compile"):
+        bench(model, [(64, 64)], runtimes=["tvm"])
+
+
+def test_command(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    command = ["bench", "test_resnet", "--size", "64", "--ratio", "0.5", "--threads", "1,2", "--repeats", "1"]
+    ran = CliRunner().invoke(main, [*command, "--json", str(file)])
+    assert ran.exit_code == 0, ran.output
+    assert "realised" in ran.stdout and ran.stdout.count("64×64") == 2
+    written = json.loads(file.read_text())
+    assert [c["threads"] for c in written["cells"]] == [1, 2] and written["cells"][0]["speedup"] > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--ratio", "1.5"), ("--threads", "a"), ("--batch", "0"), ("--against", "x")]
+)
+def test_command_refuses(option: str, value: str) -> None:
+    ran = CliRunner().invoke(main, ["bench", "test_resnet", option, value])
+    assert ran.exit_code == 2 and value in ran.output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+def test_plot(result: Benchmark, tmp_path: Path) -> None:
+    for name in ("plot.svg", "plot.png"):
+        result.plot(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
