@@ -1,8 +1,8 @@
 """Operators over active sets: any device, any batch, every sample with its own channels.
 
 Indices are (B, n): which channels of the full tensor the n channels of a narrow one are, ascending. In plain PyTorch
-the weights of the winners are gathered per sample and an ordinary convolution or linear layer runs on the narrow tensors;
-the native backend reads them where they lie.
+the weights of the winners are gathered per sample and an ordinary convolution or linear layer runs on the narrow
+tensors; the native backend reads them where they lie.
 """
 
 from __future__ import annotations
