@@ -14,6 +14,7 @@ from .wrapping import is_gated, unwrap, wrap
 if TYPE_CHECKING:
     from .compare import compare, prune_static
     from .engine import compact
+    from .io import from_pretrained, load, push_to_hub, save
     from .measure import count_macs, measure_latency
 
 __all__ = [
@@ -26,9 +27,13 @@ __all__ = [
     "compare",
     "count_macs",
     "find_sites",
+    "from_pretrained",
     "is_gated",
+    "load",
     "measure_latency",
     "prune_static",
+    "push_to_hub",
+    "save",
     "unwrap",
     "wrap",
 ]
@@ -38,8 +43,12 @@ _LAZY = {
     "compact": "engine",
     "compare": "compare",
     "count_macs": "measure",
+    "from_pretrained": "io",
+    "load": "io",
     "measure_latency": "measure",
     "prune_static": "compare",
+    "push_to_hub": "io",
+    "save": "io",
 }
 
 

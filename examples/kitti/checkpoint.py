@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import gatedprune
 from gatedprune.adapters.depth import DepthModel
 from gatedprune.errors import CheckpointError, GatedPruneError
+from gatedprune.files import atomic_write, read_metadata, read_tensors, write_tensors
 
 from .datasets import PAPER_IMAGE_SIZE, PAPER_INPUT_SIZE
 
-__all__ = ["ModelSpec", "atomic_write", "load_model", "load_state", "read_spec", "save_model", "save_state"]
+__all__ = ["ModelSpec", "load_model", "load_state", "read_spec", "save_model", "save_state"]
 
 SPEC_KEY = "gatedprune.kitti.model"
 FORMAT = 1
@@ -85,26 +82,9 @@ class ModelSpec:
         ]
 
 
-def atomic_write(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
-    """Call `write` with a temporary name beside `path`, then put the file in place: whole, or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # the name must not change before the content is on the disk
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def save_model(path: str | os.PathLike[str], model: nn.Module, spec: ModelSpec) -> None:
     """Write weights and spec as one safetensors file, atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    atomic_write(path, lambda temporary: save_file(tensors, temporary, {SPEC_KEY: spec.to_json()}))
+    write_tensors(path, model.state_dict(), {SPEC_KEY: spec.to_json()})
 
 
 def read_spec(path: str | os.PathLike[str], *, backbone: str | None = None) -> ModelSpec:
@@ -118,12 +98,9 @@ def read_spec(path: str | os.PathLike[str], *, backbone: str | None = None) -> M
         CheckpointError: no such file, not a checkpoint of this program, or another backbone.
     """
     try:
-        with safe_open(os.fspath(path), "pt") as file:
-            text = (file.metadata() or {}).get(SPEC_KEY)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"The checkpoint {path} cannot be read ({error}). Give a model.safetensors written by `train`."
-        ) from error
+        text = read_metadata(path).get(SPEC_KEY)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Give a model.safetensors written by `train`.") from error
     try:
         spec = ModelSpec.from_json(text or "")
     except (ValueError, KeyError, TypeError) as error:
@@ -145,10 +122,8 @@ def load_model(path: str | os.PathLike[str], *, backbone: str | None = None) -> 
     """Rebuild the model that a checkpoint holds; see `read_spec` for the arguments and errors."""
     spec = read_spec(path, backbone=backbone)
     model = spec.build()
-    with safe_open(os.fspath(path), "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(read_tensors(path))
     except RuntimeError as error:
         raise CheckpointError(
             f"The weights in {path} do not fit the {spec.backbone!r} depth model that it says it holds: "

@@ -4,7 +4,8 @@
 pass; `importance` gives the ranking from which a gate starts.
 """
 
+from .containers import GATES
 from .importance import magnitude_importance
 from .model import GatedModel, is_gated, unwrap, wrap
 
-__all__ = ["GatedModel", "is_gated", "magnitude_importance", "unwrap", "wrap"]
+__all__ = ["GATES", "GatedModel", "is_gated", "magnitude_importance", "unwrap", "wrap"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import GateConfig, check_ratio, matches
 from ..errors import ConfigError, ModelError
 from ..gates import Gate
-from ..sites import GATING_STATE, Site, SiteReport, find_sites
+from ..sites import GATING_STATE, Site, SiteReport, find_sites, normalise_inputs
 from .budget import fit_ratio
 from .containers import GATES as _GATES
 from .containers import hiding
@@ -31,6 +31,7 @@ class GatedModel(nn.Module):
     _gatedprune_config: GateConfig
     _gatedprune_report: SiteReport
     _gatedprune_sites: tuple[str, ...]
+    _gatedprune_inputs: tuple[Any, ...]  # what it was wrapped for, as tensors without values
 
     @property
     def gates(self) -> dict[str, Gate]:
@@ -175,7 +176,9 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
         config = fit_ratio(report, config, [site for site, _ in chosen])
         chosen = [(site, config.ratio) for site, _ in chosen]  # type: ignore[misc]
     gates = {site.name: _make_gate(model, site, ratio, config) for site, ratio in chosen}
+    inputs = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in normalise_inputs(model, example_inputs))
     _mutate(model, [site for site, _ in chosen], gates, config, report)
+    model.__dict__["_gatedprune_inputs"] = inputs
     return model
 
 
@@ -255,7 +258,7 @@ def _mutate(
 def _strip(model: nn.Module, state: GatingState, base: type) -> None:
     state.remove()
     model._modules.pop(_GATES, None)
-    for name in (GATING_STATE, "_gatedprune_config", "_gatedprune_report", "_gatedprune_sites"):
+    for name in (GATING_STATE, *(f"_gatedprune_{what}" for what in ("config", "report", "sites", "inputs"))):
         model.__dict__.pop(name, None)
     model.__class__ = base
 

@@ -14,7 +14,6 @@ import gatedprune
 from gatedprune.errors import CheckpointError
 from gatedprune.examples.kitti.checkpoint import (
     ModelSpec,
-    atomic_write,
     load_model,
     load_state,
     read_spec,
@@ -61,22 +60,6 @@ def test_a_truncated_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> 
     damaged.write_bytes(checkpoint.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_model(damaged)
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    target = tmp_path / "file.bin"
-    target.write_bytes(b"old")
-
-    def fail(path: str) -> None:
-        Path(path).write_bytes(b"half of the new")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        atomic_write(target, fail)
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
-    atomic_write(target, lambda path: Path(path).write_bytes(b"new"))
-    assert target.read_bytes() == b"new"
 
 
 def test_states_hold_plain_data_only(tmp_path: Path, spec: ModelSpec) -> None:
