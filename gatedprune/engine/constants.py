@@ -20,13 +20,25 @@ class Constants:
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
         self._known: dict[fx.Node, Any] = {}
+        self._dependent: set[fx.Node] | None = None
 
     def holds(self, node: Any) -> bool:
-        """Whether the argument is no node, or a node that depends on parameters alone."""
-        if not isinstance(node, fx.Node):
-            return True
+        """Whether the argument is no node, or a node that depends on parameters alone, not even on the batch size."""
+        return not isinstance(node, fx.Node) or (self.unlabelled(node) and node not in self._of_inputs())
+
+    def unlabelled(self, node: fx.Node) -> bool:
+        """Whether the value has no channels that could be narrow: parameters, sizes and what is made of them."""
         value = self.flow.values.get(node)
         return isinstance(value, Const) or not isinstance(value, (Tensor, tuple))
+
+    def _of_inputs(self) -> set[fx.Node]:
+        """The nodes that depend on the model's inputs, be it on their shapes."""
+        if self._dependent is None:
+            self._dependent = set()
+            for node in self.flow.graph_module.graph.nodes:
+                if node.op == "placeholder" or not self._dependent.isdisjoint(node.all_input_nodes):
+                    self._dependent.add(node)
+        return self._dependent
 
     def value(self, node: Any) -> Any:
         """The value of a constant node; anything else as it is."""

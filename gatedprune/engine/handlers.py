@@ -169,7 +169,7 @@ def _binary(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None
             values[operand] = low.env[operand]
         elif _scalar(low, operand) or _without_channels(low, operand, layout.dim, len(shape)):
             values[operand] = low.env[operand]
-        elif low.constants.holds(operand) or _could_be(low, operand, layout, len(shape)):
+        elif low.constants.unlabelled(operand) or _could_be(low, operand, layout, len(shape)):
             module = narrow.Take(layout.dim, len(shape))
             values[operand] = low.module("take", module, (low.env[operand], low.index(layout), low.env[held[0]]))
         else:
@@ -205,7 +205,7 @@ def _join(low: Lowering, node: fx.Node) -> fx.Node | None:
     layout = low.state[branch]
     if {low.flow.shape(branch), low.flow.shape(stream)} != {low.flow.shape(node)} or low.wakened(node):
         return None
-    if branch in node.all_input_nodes and low.constants.holds(stream):
+    if branch in node.all_input_nodes and low.constants.unlabelled(stream):
         return None
     full = low.full(stream)
     inplace = full is not low.env[stream] or _last_use(low, stream, node)
@@ -343,7 +343,7 @@ def _attention(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | N
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     values = {a: low.env[a] for a in node.all_input_nodes}
     if isinstance(mask, fx.Node) and not _without_channels(low, mask, layout.dim, rank):
-        if not low.constants.holds(mask):
+        if not low.constants.unlabelled(mask):
             return None
         values[mask] = low.module(
             "take", narrow.Take(layout.dim, rank), (low.env[mask], low.index(layout), low.env[held[0]])

@@ -160,7 +160,10 @@ class Lowering:
 
     def _select(self, name: str, found: SiteNodes) -> None:
         layout = self.state[found.gate_input]
-        args = (self.env[found.gate_input],) if layout is None else (self.env[found.gate_input], self.index(layout))
+        value = self.env[found.gate_input]
+        if layout is None:  # what it sees, the layer behind it reads: without the channels that others have suppressed
+            value = self._silenced(found.gate_input, value, self.wakened(found.producer).get(found.gate_input, []))
+        args = (value,) if layout is None else (value, self.index(layout))
         both = self.module(
             f"{name}#gate", narrow.Selector(self.gates[name], native=self.native, shared=self.shared), args
         )
@@ -210,11 +213,16 @@ class Lowering:
         values = {a: self.full(a) for a in node.all_input_nodes}
         reads = self.wakened(node)
         for value, sites in reads.items():
-            layout = self.layouts.of(value)
-            if layout is not None and sites:
-                gain = self._gain(layout, sites, active_only=False, ones=True)
-                values[value] = self.graph.call_function(scale_channels, (values[value], gain, layout.dim))
+            values[value] = self._silenced(value, values[value], sites)
         return self.graph.node_copy(node, values.__getitem__)
+
+    def _silenced(self, source: fx.Node, value: fx.Node, sites: list[str]) -> fx.Node:
+        """``value``, which holds ``source`` in full, with those sites' suppressed channels set to zero."""
+        layout = self.layouts.of(source)
+        if layout is None or not sites:
+            return value
+        gain = self._gain(layout, sites, active_only=False, ones=True)
+        return self.graph.call_function(scale_channels, (value, gain, layout.dim))
 
     def wakened(self, node: fx.Node) -> dict[fx.Node, list[str]]:
         """Full values that the operator reads whose suppressed channels are not zero: value → the sites to silence."""
@@ -264,11 +272,7 @@ class Lowering:
         if grouped and out_layout is None:
             in_layout = None
         if in_layout is None:
-            for _, sites in self.wakened(node).items():
-                layout = self.layouts.of(x)
-                if sites and layout is not None and value is self.env[x]:
-                    gain = self._gain(layout, sites, active_only=False, ones=True)
-                    value = self.graph.call_function(scale_channels, (value, gain, layout.dim))
+            value = self._silenced(x, value, self.wakened(node).get(x, []) if value is self.env[x] else [])
         self.state[node] = out_layout
         plain = in_layout is None and out_layout is None
         if plain and not (self.native and name == "conv2d" and _native_when_plain(weight, options)):

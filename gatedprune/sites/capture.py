@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,29 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back what tracing leaves in the modules' attributes: fake tensors in caches, copies of lists."""
+    kept = ("_parameters", "_buffers", "_modules")
+    before = [
+        (m, {k: (v, copy.copy(v) if type(v) in (dict, list) else None) for k, v in vars(m).items() if k not in kept})
+        for m in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name in [n for n in vars(module) if n not in attributes and n not in kept]:
+                del vars(module)[name]
+            for name, (value, content) in attributes.items():
+                vars(module)[name] = value
+                if isinstance(value, dict) and content is not None:
+                    value.clear()
+                    value.update(content)
+                elif isinstance(value, list) and content is not None:
+                    value[:] = content
+
+
+@contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """Switch every gate in the model off."""
     states = [m.__dict__[GATING_STATE] for m in model.modules() if GATING_STATE in m.__dict__]
@@ -97,7 +121,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
     if dynamic_batch:
         shapes = tuple({0: torch.export.Dim.AUTO} if isinstance(a, Tensor) and a.dim() else None for a in args)
     try:
-        with evaluating(model), suspended(model), torch.no_grad():
+        with _unchanged(model), evaluating(model), suspended(model), torch.no_grad():
             program = torch.export.export(model, args, dynamic_shapes=shapes)
     except Exception as error:
         raise ModelError(
@@ -108,7 +132,20 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
     takes = inspect.signature(program.module).parameters
     captured = program.module(check_guards=False) if "check_guards" in takes else program.module()
     _inline_contexts(captured)
+    _name_modules_once(model, captured)
     return captured
+
+
+def _name_modules_once(model: nn.Module, captured: fx.GraphModule) -> None:
+    """A module that the model holds under several names is called by the first: it is one module that runs often."""
+    first: dict[nn.Module, str] = {}
+    names = {path: first.setdefault(module, path) for path, module in model.named_modules(remove_duplicate=False)}
+    if all(path == name for path, name in names.items()):
+        return
+    for node in captured.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = {key: (names.get(path, path), kind) for key, (path, kind) in stack.items()}
 
 
 def _inline_contexts(captured: fx.GraphModule) -> None:

@@ -208,8 +208,10 @@ class _Discovery:
         macs = self._macs(roots)
         if in_channels * channels >= 0.5 * macs:
             raise _Skip("its gate would cost at least what halving it saves")
-        gain = self._gain_node(node, consumers, self.heads.issuperset(roots.tolist()))
-        gain_at = self._attach(gain, roots)
+        heads = self.heads.issuperset(roots.tolist())
+        gain = self._gain_node(node, consumers, heads)
+        gain_at = self._at_readers(gain, roots) if heads else None
+        gain_at = gain_at or self._attach(gain, roots)
         if gain_at is None:
             raise _Skip("its output cannot be reached at the border of a module")
         unsafe, masks = self._masks(node, gain, roots, joined)
@@ -278,12 +280,20 @@ class _Discovery:
             (value,) = values
             assert isinstance(value, fx.Node)
             return value
-        users = list(producer.users)
+        users = _readers(producer)
         while len(users) == 1 and operators.op_name(users[0].target) in operators.MOVEMENT:
-            users = list(users[0].users)
+            users = _readers(users[0])
         if len(users) == 1 and operators.op_name(users[0].target) in NORMS:
             return past_movement(users[0], self.boundaries)
         return producer
+
+    def _at_readers(self, value: fx.Node, roots: np.ndarray) -> tuple[Attach, ...] | None:
+        """The inputs of the layers that read ``value``, where nothing else does."""
+        hooks = [self.boundaries.input_hook(user) for user in value.users]
+        if not all(hook is not None and hook[1] is value for hook in hooks):
+            return None
+        layout = self._layout(value, roots)
+        return tuple(Attach(path, "input", *layout) for path in dict.fromkeys(hook[0] for hook in hooks if hook))
 
     def _attach(self, value: fx.Node, roots: np.ndarray) -> tuple[Attach, ...] | None:
         places = self.boundaries.reach(value)
@@ -361,3 +371,8 @@ class _Discovery:
         if name.startswith("conv") or name == "linear":
             return all(known) and (len(node.args) < 3 or node.args[2] is None)  # carried, without bias
         return False
+
+
+def _readers(value: fx.Node) -> list[fx.Node]:
+    """The operators that read a value's elements, not just its shape (``reshape_as`` and the like)."""
+    return [u for u in value.users if not operators.op_name(u.target).endswith("_as") or u.args[0] is value]
