@@ -44,13 +44,6 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "test_vit_relpos": (POSITIONAL, LOSES_LAYER),
 }
 
-# What is known to be wrong: (case, check) → the reason. Strict: once mended, the entry must go.
-EMBEDDING = "the compact model adds position embeddings of suppressed channels to the residual stream"
-KNOWN: dict[tuple[str, str], str] = {
-    ("test_vit-stream", "compact_float64"): EMBEDDING,
-    ("test_vit-stream", "compact_float32"): EMBEDDING,
-}
-
 
 def case(name: str, stream: bool) -> Case:
     options, oracle = MODELS[name]
@@ -75,18 +68,13 @@ WITH_STREAM = (
     "test_vit",
 )
 CASES = [case(name, False) for name in MODELS] + [case(name, True) for name in WITH_STREAM]
-MARKS = {key: pytest.mark.xfail(reason=reason, strict=True) for key, reason in KNOWN.items()}
 
 
 def test_every_tiny_model_is_here() -> None:
     assert sorted(MODELS) == sorted(timm.list_models("test_*"))
 
 
-def test_known_failures_name_cases_that_exist() -> None:
-    assert {name for name, _ in KNOWN} <= {c.label for c in CASES}
-
-
-@parametrize_checks(CASES, marks=MARKS)
+@parametrize_checks(CASES)
 def test_contract(case: Case, check: Check) -> None:
     try:
         case.untouched()

@@ -23,6 +23,9 @@ __all__ = ["Case", "enliven", "excite", "outputs"]
 
 SAMPLES = 3
 SWING = 0.4  # how far excited gates move a gain from 1: deep random networks overflow when gains multiply up
+MARGIN = (
+    0.25  # of the saliencies of channels that always win over the k-th, and of the k-th over those that always lose
+)
 
 
 class Case:
@@ -118,6 +121,7 @@ class Case:
     @cached_property
     def _wrapped(self) -> tuple[Snapshot, GatedModel]:
         model = self.dense()
+        outputs(model, self._args)  # what a model caches in its first forward pass is none of the gates' doing
         before = Snapshot(model)
         zero = dict.fromkeys(self.ratio, 0.0) if isinstance(self.ratio, Mapping) else 0.0
         gated = wrap(model, zero, example_inputs=self._args, stream=self.stream, **self.options)
@@ -198,9 +202,8 @@ def excite(gated: GatedModel, args: tuple[Any, ...], seed: int = 0) -> GatedMode
     """Set every gate so that samples choose different channels and gains differ from 1. In place; returns the
     model.
 
-    In one forward pass, each gate in its turn: φ is scaled by how far the samples' inputs to this gate lie
-    apart, so that no gain leaves about [0.5, 1.5]. Of several draws the one stays whose k-th and k+1-th
-    saliency lie furthest apart, so that float32 rounding does not decide who wins.
+    In one forward pass, each gate in its turn. Saliencies of winners and losers are kept apart, so that rounding in
+    float32 does not decide who wins, in however many channels; no gain leaves about [0.5, 1.5].
     """
     generator = torch.Generator().manual_seed(seed)
     hooks = [
@@ -215,32 +218,59 @@ def excite(gated: GatedModel, args: tuple[Any, ...], seed: int = 0) -> GatedMode
 
 
 def _excite_one(gate: Gate, x: Tensor, generator: torch.Generator) -> None:
+    """Saliency = level + φ·(s − mean s). Some channels about the k-th rank are contested: half of them win where the
+    samples' inputs lie on one side of a hyperplane, the other half on the other. All others always win or lose.
+    """
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
     with torch.no_grad():
         s = subsample(x.detach(), gate.channel_dim).double().cpu()
         apart = s - s.mean(0)
         # No steeper than this: else rounding errors in s would be blown up to the size of the gain.
-        floor = 1e-2 * float(s.square().mean().sqrt())
-        best: tuple[tuple[bool, float], Tensor, Tensor] | None = None
-        start = gate.start.double().cpu()
-        for _ in range(24):
-            phi = torch.randn(gate.weight.shape, generator=generator, dtype=torch.float64) / gate.in_channels**0.5
-            phi *= SWING / max(float((apart @ phi.T).abs().max()), floor, 1e-12)
-            jitter = 0.2 * torch.rand(gate.channels, generator=generator, dtype=torch.float64) - 0.1
-            bias = start + jitter - phi @ s.mean(0)
-            g = (s @ phi.T + bias).relu()
-            score = _quality(g, gate.active_count)
-            if best is None or score > best[0]:
-                best = score, phi, bias
-        assert best is not None
-        gate.weight.copy_(best[1])
-        gate.bias.copy_(best[2])
+        floor = max(1e-2 * float(s.square().mean().sqrt()), 1e-12)
+        start, k = gate.start.double().cpu(), gate.active_count
+        jitter = 0.1 * noise(gate.channels).clamp(-1, 1)
+        swing = noise(gate.channels, gate.in_channels)
+        swing /= (apart @ swing.T).abs().amax(0).clamp_min(floor)[:, None]  # at most 1 for every sample
+        if k == gate.channels:
+            level, phi = start + jitter, SWING * swing
+        else:
+            order = start.argsort(descending=True, stable=True)
+            # Below the k-th of the start: some gains are to fall, and saliencies stay positive.
+            middle = max(float(start[order[k - 1 : k + 1]].mean()) - 0.8 * MARGIN, MARGIN + 0.1)
+            level, room = start + jitter, torch.full((gate.channels,), SWING, dtype=torch.float64)
+            for side, sign in ((order[:k], 1.0), (order[k:], -1.0)):
+                level[side] = middle + sign * (sign * (level[side] - middle)).clamp_min(1.2 * MARGIN)
+                room[side] = (sign * (level[side] - middle) - MARGIN).clamp(0.2 * MARGIN, SWING)
+            phi = room[:, None] * swing
+            direction, offset = _hyperplane(apart, floor, noise)
+            near = ((start - middle).abs() <= 1.2 * MARGIN)[order]
+            # Not all of them: some never win.
+            most = max(1, min(k, gate.channels - k) // 2)
+            count = max(1, min(int(near[:k].sum()), int(near[k:].sum()), most))
+            if direction is not None:
+                contested = order[k - count : k + count]
+                contested = contested[torch.randperm(2 * count, generator=generator)]
+                side = torch.ones(2 * count, dtype=torch.float64)
+                side[count:] = -1
+                level[contested] = middle - 0.8 * MARGIN * side * offset + 0.2 * jitter[contested]
+                phi[contested] = 0.8 * MARGIN * side[:, None] * direction + 0.02 * swing[contested]
+        gate.weight.copy_(phi)
+        gate.bias.copy_(level - phi @ s.mean(0))
 
 
-def _quality(g: Tensor, k: int) -> tuple[bool, float]:
-    """Whether samples choose differently, and how far the last winner is from the first loser."""
-    if k == g.shape[1]:
-        return True, 1.0
-    order = g.sort(dim=1, descending=True, stable=True)
-    winners = order.indices[:, :k].sort(dim=1).values
-    differ = bool((winners != winners[:1]).any())
-    return differ, float((order.values[:, k - 1] - order.values[:, k]).min())
+def _hyperplane(apart: Tensor, floor: float, noise: Callable[..., Tensor]) -> tuple[Tensor | None, float]:
+    """(direction, offset) for which direction·s − offset lies in [−1, 1] and far from 0 for every sample; or None."""
+    best: tuple[float, Tensor | None, float] = 0.25, None, 0.0
+    for _ in range(24):
+        direction = noise(apart.shape[1])
+        places = (apart @ direction).sort().values
+        at = int(places.diff().argmax())
+        offset = float(places[at : at + 2].mean())
+        size = max(float((places - offset).abs().max()), floor)
+        margin = float((places - offset).abs().min()) / size
+        if margin > best[0]:
+            best = margin, direction / size, offset / size
+    return best[1], best[2]

@@ -154,9 +154,12 @@ def _gain_edges(site: Site, norms: dict[str, str]) -> list[Edge]:
 
 
 def _silence_constants(model: nn.Module, choice: _Choice) -> None:
-    """A position embedding that is added to a site's channels is none of a suppressed channel's either."""
+    """A position embedding that is added to the channels of a stream site is none of a suppressed channel's either.
+
+    Of inner sites nobody else reads what it is added to.
+    """
     for edge in choice.site.carriers:
-        if edge.op != "add":
+        if edge.op != "add" or choice.site.kind != "stream":
             continue
         for value in model.get_submodule(edge.path).parameters(recurse=False):
             if value.shape[-1] == len(edge.units):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 __all__ = ["Snapshot"]
 
@@ -70,13 +71,27 @@ def _compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         if isinstance(old, int) and "hooks" in name:
             if old != new:
                 lines.append(f"{name} holds {new} entries, had {old}")
-        elif isinstance(old, Tensor) or isinstance(new, Tensor):
-            if not (isinstance(old, Tensor) and isinstance(new, Tensor) and _same(old, new)):
-                lines.append(f"attribute {name} changed")
-        # By value: torch.export puts equal copies in the place of lists, tuples and dictionaries.
-        elif old is not new and old != new:
-            lines.append(f"attribute {name} is {new!r}, was {old!r}")
+        elif not _equal(old, new):
+            shown = "changed" if _holds_tensor(old) or _holds_tensor(new) else f"is {new!r}, was {old!r}"
+            lines.append(f"attribute {name} {shown}")
     return lines
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])
+
+
+def _equal(old: Any, new: Any) -> bool:
+    """By value: torch.export puts equal copies in the place of lists, tuples and dictionaries."""
+    if old is new:
+        return True
+    (before, spec), (after, other) = tree_flatten(old), tree_flatten(new)
+    return spec == other and all(
+        _same(a, b)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+        for a, b in zip(before, after, strict=True)
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

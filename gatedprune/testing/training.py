@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ..sites import Attach, Site
+from ..wrapping import GatedModel
 from .case import Case
 
 __all__ = ["check_gradients", "check_training_steps"]
@@ -33,31 +35,74 @@ def _with_gradient(model: nn.Module, args: tuple) -> set[str]:
 
 
 def check_gradients(case: Case) -> str:
-    """The winners' rows of every gate get a gradient, and no other row; backbone parameters keep theirs."""
+    """The gate of every winner that the loss can feel gets a gradient, and no loser's; backbone parameters keep theirs.
+
+    Whether the loss feels a winner is seen where its gain is multiplied: behind dead activations it does not.
+    """
     args = case.inputs(torch.float64)
     before = _with_gradient(case.dense().double(), args)
     gated = case.gated(torch.float64)
+    felt = {site.name: _Felt(gated, site) for site in gated.gated_sites}
     after = _with_gradient(gated, args)
     lost = sorted(before - after)
     assert not lost, f"{case.name}: {len(lost)} backbone parameters get no gradient any more: {', '.join(lost[:5])}"
+    winners_felt = winners_all = 0
     for name, gate in gated.gates.items():
         where = f"{case.name}, site {name}"
         if not gate.boost:
             continue
         assert gate.last_active is not None
         winners = torch.zeros(gate.channels, dtype=torch.bool).index_fill_(0, gate.last_active.unique().cpu(), True)
+        alive = winners & felt[name].units()
+        winners_felt, winners_all = winners_felt + int(alive.sum()), winners_all + int(winners.sum())
         for kind, parameter in (("φ", gate.weight), ("ρ", gate.bias)):
             grad = parameter.grad
-            assert grad is not None, f"{where}: {kind} gets no gradient"
+            if grad is None:
+                assert not bool(alive.any()), f"{where}: {kind} gets no gradient"
+                continue
             assert bool(grad.isfinite().all()), f"{where}: the gradient of {kind} is not finite"
             touched = (grad.reshape(gate.channels, -1) != 0).any(1).cpu()
             assert not bool(touched[~winners].any()), f"{where}: {kind} of a channel that never won gets a gradient"
-            # A winner may be dead (a relu behind it that is off everywhere), but hardly half of them.
-            share = float(touched[winners].double().mean())
-            assert share >= 0.5, f"{where}: only {share:.0%} of the winners' rows of {kind} get a gradient"
+            if bool(alive.any()):
+                share = float(touched[alive].double().mean())
+                assert share == 1, (
+                    f"{where}: only {share:.0%} of the rows of {kind} of winners that the loss feels get a gradient"
+                )
     if not any(g.boost for g in gated.gates.values()):
         return "boost=False: gates get no gradient"
-    return ""
+    assert winners_felt, f"{case.name}: the loss feels no winner of any site, so that nothing can be said"
+    return f"the loss feels {winners_felt / winners_all:.0%} of the winners"
+
+
+class _Felt:
+    """Which channels of a site the loss depends on, seen in the tensors that its gain was multiplied on."""
+
+    def __init__(self, gated: GatedModel, site: Site) -> None:
+        self.site, self.seen = site, torch.zeros(site.channels + 1, dtype=torch.bool)
+        for at in site.gain_at:
+            module = gated.get_submodule(at.path)
+            if at.side == "output":
+                module.register_forward_hook(lambda module, args, y, at=at: self._watch(y, at))
+            else:
+                module.register_forward_pre_hook(
+                    lambda module, args, at=at: (self._watch(args[0], at), *args[1:]) if args else None
+                )
+
+    def _watch(self, x: Tensor, at: Attach) -> Tensor:
+        held = x.detach()
+
+        def slope(gradient: Tensor) -> None:
+            moves = (gradient * held != 0).movedim(at.channel_dim, 0).flatten(1).any(1).cpu()
+            units = torch.arange(self.site.channels) if at.units is None else at.units.cpu()
+            self.seen[units[moves]] = True
+
+        if x.requires_grad:
+            x.register_hook(slope)
+        return x.clone()  # an activation behind it may work in place, and the hook and `held` are to stay as they are
+
+    def units(self) -> Tensor:
+        """(C,), True where a gain matters."""
+        return self.seen[:-1]
 
 
 def check_training_steps(case: Case) -> str:
