@@ -152,11 +152,18 @@ Padded padded_copy(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stri
           std::memcpy(row + left, src, live * sizeof(float));
           std::fill(row + left + live, row + columns, fill);
         } else {
-          for (int64_t f = 0; f < phases; f++)
-            for (int64_t q = 0; q < columns; q++) {
-              const int64_t w = q * sw + f - pw;
-              row[f * columns + q] = w >= 0 && w < W ? src[w] : fill;
-            }
+          for (int64_t f = 0; f < phases; f++) {
+            float* part = row + f * columns;
+            const int64_t shift = f - pw;  // column q comes from q * sw + shift
+            const int64_t q0 = std::min(columns, shift >= 0 ? 0 : (-shift + sw - 1) / sw);
+            const int64_t q1 = std::max(q0, std::min(columns, shift >= W ? 0 : (W - shift + sw - 1) / sw));
+            std::fill(part, part + q0, fill);
+            if (sw == 2)
+              for (int64_t q = q0; q < q1; q++) part[q] = src[q * 2 + shift];
+            else
+              for (int64_t q = q0; q < q1; q++) part[q] = src[q * sw + shift];
+            std::fill(part + q1, part + columns, fill);
+          }
         }
       }
   });
