@@ -63,7 +63,11 @@ def prune_both(
         The three models, in evaluation mode. The dense one is *not* trained further.
     """
     gated = gatedprune.wrap(copy.deepcopy(dense), config=gates, example_inputs=spec.example().to(device))
-    static = gatedprune.prune_static(gated, example_inputs=spec.example().to(device)).model
+    static = gatedprune.prune_static(
+        gated,
+        example_inputs=spec.example().to(device),
+        by="torch-pruning",  # to be fine-tuned
+    ).model
     gated_spec = replace(spec, gates=gates.to_dict())
     if dataset is not None and finetune is not None:
         dynamic = Trainer(gated, dataset, finetune, spec=spec, device=device)

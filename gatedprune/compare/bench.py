@@ -200,7 +200,10 @@ def bench(
         models: dict[str, Any] = {"dense": dense_copy(gated)}
         notes: list[str] = []
         try:
-            models["static"] = prune_static(gated, example_inputs=one).model
+            static = prune_static(gated, example_inputs=one)
+            models["static"] = static.model
+            if static.why:
+                notes.append(f"static: cut by gatedprune, batch norms folded, since {static.why}")
         except ModelError as error:
             notes.append(f"no static column: {error}")
         models["dynamic"] = fast

@@ -69,6 +69,7 @@ class Comparison:
             can only remove a channel of the stream from all of its producers at once.
         inputs: Shapes of the example inputs.
         environment: Machine, versions and commit.
+        notes: What else a reader must know.
     """
 
     rows: tuple[Row, ...]
@@ -77,6 +78,7 @@ class Comparison:
     dynamic_only: tuple[str, ...]
     inputs: tuple[tuple[int, ...], ...]
     environment: Environment
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -132,7 +134,7 @@ class Comparison:
         ]
         if self.dynamic_only:
             lines.append(f"{len(self.dynamic_only)} of them, on the residual stream, stay whole in the static model")
-        return lines
+        return [*lines, *self.notes]
 
 
 def write_json(value: dict[str, Any], path: str | Path) -> None:
@@ -199,11 +201,13 @@ def compare(
         if ratio is not None or config is None:
             options["ratio"] = 0.5 if ratio is None else ratio
         gated = wrap(gated, example_inputs=inputs, **options)
-    static = prune_static(gated, importance=importance, example_inputs=inputs).model
-    return compare_models(
-        dense_copy(gated), static, gated, inputs,
+    static = prune_static(gated, importance=importance, example_inputs=inputs)
+    found = compare_models(
+        dense_copy(gated), static.model, gated, inputs,
         evaluate=evaluate, threads=threads, warmup=warmup, repeats=repeats,
     )  # fmt: skip
+    notes = (f"static: cut by gatedprune, batch norms folded, since {static.why}",) if static.why else ()
+    return dataclasses.replace(found, notes=notes)
 
 
 def compare_models(

@@ -1,4 +1,5 @@
-"""Static pruning by torch-pruning on the same sites and with the same k as the gates."""
+"""Static pruning on the same sites and with the same k as the gates: by torch-pruning, or where that fails by cutting
+the same sites ourselves."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import GateConfig, check_ratio
+from ..engine import freeze
 from ..errors import ConfigError, ModelError
 from ..sites import Site, find_sites, normalise_inputs
-from ..wrapping import GatedModel, is_gated, unwrap
+from ..wrapping import GatedModel, is_gated, unwrap, wrap
 from .surgery import Importance, Surgeon, import_torch_pruning
 
 __all__ = ["StaticResult", "dense_copy", "prune_static"]
@@ -26,12 +28,15 @@ class StaticResult:
     Args:
         model: The pruned copy; an ordinary module with narrower layers, its modes those of the original.
         kept: Site name → the channels (units) that stayed, ascending, int64, (k,).
-        by: What did the pruning.
+        by: What did the pruning: "torch-pruning", or "gatedprune": then the model is for inference only, its batch
+            norms folded.
+        why: Why torch-pruning did not do it; empty where it did.
     """
 
     model: nn.Module
     kept: dict[str, Tensor]
     by: str = "torch-pruning"
+    why: str = ""
 
 
 def prune_static(
@@ -43,6 +48,7 @@ def prune_static(
     keep: Mapping[str, Tensor | Iterable[int]] | None = None,
     importance: Importance | None = None,
     example_inputs: Any = None,
+    by: str = "auto",
 ) -> StaticResult:
     """Remove channels once and for all inputs: the static counterpart of gating, for comparing the two.
 
@@ -63,6 +69,9 @@ def prune_static(
             keep the lower index. Gradients of the model's parameters are there for importances that need
             them.
         example_inputs: A tensor or tuple of arguments to trace the model with; default as in `wrap`.
+        by: "torch-pruning"; "gatedprune": the engine cuts the weights of the same sites, ranked as gates are before
+            training, for inference; "auto": torch-pruning, and where it fails the engine, unless `importance` or
+            `sites` is given.
 
     Raises:
         ConfigError: Not exactly one of ratio, counts and keep says how much is to stay (a gated model may say
@@ -70,10 +79,29 @@ def prune_static(
         ModelError: There is no site, or torch-pruning cannot prune the one that is named.
         ImportError: torch-pruning is not installed (`pip install gatedprune[compare]`).
     """
-    import_torch_pruning()
+    if by not in ("auto", "torch-pruning", "gatedprune"):
+        raise ConfigError(f"`by` must be 'auto', 'torch-pruning' or 'gatedprune'. Got {by!r}.")
+    if by == "gatedprune" and importance is not None:
+        raise ConfigError("`importance` belongs to torch-pruning: leave it out, or pass by='torch-pruning'.")
+    if by != "gatedprune":
+        import_torch_pruning()
     chosen, gate_counts = _sites_and_counts(model, sites, example_inputs)
     plan = _plan(chosen, gate_counts, ratio, counts, keep)
     wanted = {site.name: site for site in chosen if site.name in plan}
+    if by == "gatedprune":
+        return _cut(model, plan, example_inputs, "")
+    try:
+        return _by_torch_pruning(model, plan, wanted, importance, example_inputs)
+    except ModelError as error:
+        if by != "auto" or importance is not None or sites is not None:
+            raise
+        return _cut(model, plan, example_inputs, str(error))
+
+
+def _by_torch_pruning(
+    model: nn.Module, plan: dict[str, int | Tensor], wanted: dict[str, Site], importance: Importance | None,
+    example_inputs: Any,
+) -> StaticResult:  # fmt: skip
     with torch.inference_mode(False):  # a copy made in inference mode could not be traced by autograd
         pruned = dense_copy(model)
         with Surgeon(pruned, normalise_inputs(pruned, example_inputs)) as surgeon:
@@ -84,6 +112,20 @@ def prune_static(
             surgeon.check_runs()
     pruned.zero_grad(set_to_none=True)
     return StaticResult(pruned, kept)
+
+
+def _cut(model: nn.Module, plan: dict[str, int | Tensor], example_inputs: Any, why: str) -> StaticResult:
+    """The same sites, cut by the engine."""
+    inputs = normalise_inputs(model, example_inputs)
+    gated = model if isinstance(model, GatedModel) else wrap(copy.deepcopy(model).eval(), example_inputs=inputs)
+    kept: dict[str, Tensor] = {}
+    for name, stays in plan.items():
+        if isinstance(stays, Tensor):
+            kept[name] = stays
+        else:
+            order = torch.sort(gated.gates[name].start.detach(), descending=True, stable=True).indices
+            kept[name] = order[:stays].sort().values.cpu()
+    return StaticResult(freeze(gated, kept, inputs), kept, "gatedprune", why)
 
 
 def dense_copy(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import BackendError, ConfigError, DataError, ModelError
 from ..gates import Gate
-from ..sites import analyse, capture, normalise_inputs, two_samples
+from ..sites import Analysis, analyse, capture, normalise_inputs, two_samples
 from ..wrapping import GatedModel
 from . import native
 from .lowering import lower
@@ -157,10 +157,13 @@ class CompactModel(nn.Module):
                 "the model was wrapped for another kind of input."
             )
         key = _key(args, not free)
-        graph = lower(analysis, source.gates, self._native(), self.share == "batch").eval()
-        apply_tuning(graph, self.tuning)
-        self._lowered[key] = graph
+        self._lowered[key] = self._graph(analysis).eval()
         return key
+
+    def _graph(self, analysis: Analysis) -> fx.GraphModule:
+        graph = lower(analysis, self.gates, self._native(), self.share == "batch")
+        apply_tuning(graph, self.tuning)
+        return graph
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompactModel:
         # .to(), .double(), .cuda(): convert the source, and lower again when next called.

@@ -25,7 +25,9 @@ from .layout import Layout, Layouts
 __all__ = ["lower"]
 
 
-def lower(analysis: Analysis, gates: dict[str, Gate], native: bool = False, shared: bool = False) -> fx.GraphModule:
+def lower(
+    analysis: Analysis, gates: dict[str, Gate], native: bool = False, shared: bool = False, fused: bool = True
+) -> fx.GraphModule:
     """The graph of ``analysis`` with its gated sites computed narrow.
 
     Args:
@@ -33,10 +35,12 @@ def lower(analysis: Analysis, gates: dict[str, Gate], native: bool = False, shar
         gates: Site name → gate; sites without one stay dense.
         native: Let the native backend compute what it can.
         shared: One active set for the whole batch.
+        fused: Let layers take in what follows them.
     """
     lowering = Lowering(analysis, gates, native, shared)
     lowering.run()
-    fuse(lowering.root, lowering.graph, lowering.shapes())
+    if fused:
+        fuse(lowering.root, lowering.graph, lowering.shapes())
     return fx.GraphModule(lowering.root, lowering.graph)
 
 

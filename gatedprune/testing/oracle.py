@@ -54,7 +54,7 @@ def removed(gated: GatedModel, args: tuple[Any, ...], sample: int, oracle: str =
     if inner and oracle != "columns":
         try:
             with _time_limit(_LIMIT_S):
-                pruned = prune_static(gated, keep=inner, example_inputs=args).model.eval()
+                pruned = prune_static(gated, keep=inner, example_inputs=args, by="torch-pruning").model.eval()
         except (ModelError, ImportError, TimeoutError) as error:
             if oracle == "torch-pruning":
                 raise AssertionError(f"torch-pruning was asked for as the reference and failed: {error}") from error
