@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ConfigError, ModelError
+from .rewrites import join_rms_norms
 
 __all__ = [
     "GATING_STATE",
@@ -133,6 +134,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
     captured = program.module(check_guards=False) if "check_guards" in takes else program.module()
     _inline_contexts(captured)
     _name_modules_once(model, captured)
+    join_rms_norms(captured)
     return captured
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -48,25 +49,34 @@ def _outcomes(row: Record) -> dict[str, list[str]]:
     return found
 
 
+def _late(row: Record) -> bool:
+    """Whether the time limit struck."""
+    return bool(_outcomes(row)["no time"]) or row.get("error", "").startswith("no result within")
+
+
 def _summary(rows: list[Record], total: int, version: str) -> str:
     kinds = [_outcomes(row) for row in rows]
     gated = [r for r in rows if r.get("sites")]
-    failed = sum(bool(k["fail"]) or "error" in r for r, k in zip(rows, kinds, strict=True))
-    unfinished = sum(
-        bool(k["no time"]) and not k["fail"] and "error" not in r for r, k in zip(rows, kinds, strict=True)
-    )
+    failing = [bool(k["fail"]) or ("error" in r and not _late(r)) for r, k in zip(rows, kinds, strict=True)]
+    failed = sum(failing)
+    unfinished = sum(_late(r) and not f for r, f in zip(rows, failing, strict=True))
+    whole = sum(not f and not _late(r) and bool(k["pass"]) for r, f, k in zip(rows, failing, kinds, strict=True))
+    commits = Counter(r["commit"] for r in rows if "commit" in r)
     smaller = sum(r.get("checked_input", r.get("input")) != r.get("input") for r in rows)
     lines = [
         "## The contract suite on the smallest model of each family",
         "",
-        f"timm {version}: {len(rows)} of {total} families run. {len(gated)} have sites, {failed} fail a check or "
-        f"break, {unfinished} ran out of time in some check. Ratio 0.5, sites of the residual stream not counted.",
+        f"timm {version}: {len(rows)} of {total} families run. {len(gated)} have sites; {whole} pass every check that "
+        f"was run, {failed} fail a check or break, {unfinished} ran out of time before the last check. "
+        "Ratio 0.5, sites of the residual stream not counted.",
         "",
         "`checks`: passed/run; the rest was left out for models above 1.5 GMACs (float64 and training take minutes "
         "there), or there was no time. `MACs left` is arithmetic over the sites, predictors included; in brackets what "
         "the compact model was seen to execute, where that differs. Checks ran on images of that input size, but for "
         f"{smaller} models on smaller ones, where their sites are the same.",
     ]
+    if commits:
+        lines += ["", f"Made on {', '.join(f'{commit} ({n} rows)' for commit, n in commits.most_common())}."]
     return "\n".join(lines) + "\n"
 
 

@@ -206,7 +206,7 @@ def _scale(module: nn.Module, edge: Edge, factor: Tensor) -> None:
     """Multiply the channels that a layer writes (``edge.dim`` 0) or reads (1), best in its parameters."""
     if type(module) in _PLAIN or edge.op in _NORMS:
         with torch.no_grad():
-            for tensor in (module.weight, module.bias) if edge.dim == 0 else (module.weight,):
+            for tensor in (module.weight, getattr(module, "bias", None)) if edge.dim == 0 else (module.weight,):
                 if isinstance(tensor, Tensor):
                     view = [1] * tensor.dim()
                     view[edge.dim] = len(factor)

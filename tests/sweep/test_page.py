@@ -35,12 +35,16 @@ def page(tmp_path: Path, **changes: object) -> str:
 
 def test_the_page_tells_failures(tmp_path: Path) -> None:
     good = page(tmp_path)
-    assert "1 of 2 families run. 1 have sites, 0 fail" in good and "| 1/1 |" in good
+    assert "1 of 2 families run. 1 have sites; 1 pass every check that was run, 0 fail" in good and "| 1/1 |" in good
     assert "did not finish\n\nNothing." in good and "None." in good
     bad = page(tmp_path, checks={"unwrap": {"outcome": "fail", "note": "tensor | x changed\nmore", "seconds": 1.0}})
     assert "1 fail" in bad and "- **f** (`m`), `unwrap`: tensor / x changed\n" in bad and "| 0/1 |" in bad
     late = {**GOOD["checks"], "unwrap": {"outcome": "no time"}}
-    assert "no result within 9 s Not reached: `unwrap`." in page(tmp_path, error="no result within 9 s", checks=late)
+    slow = page(tmp_path, error="no result within 9 s", checks=late, commit="abc")
+    assert "no result within 9 s Not reached: `unwrap`." in slow
+    assert "0 pass every check that was run, 0 fail a check or break, 1 ran out of time" in slow
+    assert "Made on abc (1 rows)." in slow
+    assert "1 fail a check or break, 0 ran out" in page(tmp_path, error="ValueError: no")
 
 
 def test_the_page_tells_what_stands_in_the_way(tmp_path: Path) -> None:

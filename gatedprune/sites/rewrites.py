@@ -1,0 +1,87 @@
+"""Norms that a model spells out in arithmetic, put into the captured graph as the one operator that they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .operators import op_name
+
+__all__ = ["join_rms_norms"]
+
+_aten = torch.ops.aten
+_TO_LAST, _BACK = [0, 2, 3, 1], [0, 3, 1, 2]
+
+
+def join_rms_norms(captured: fx.GraphModule) -> int:
+    """Replace x · rsqrt(mean(x², channels) + ε) · weight of (B, C, H, W) maps by an RMS norm; returns how many.
+
+    A mean over channels mixes them; an RMS norm can be taken over the active ones only (see `norms`).
+    """
+    count = 0
+    for mean in list(captured.graph.nodes):
+        found = _match(mean)
+        if found is None:
+            continue
+        x, scaled, weight, eps = found
+        with captured.graph.inserting_before(scaled):
+            last = _call(captured, scaled, _aten.permute.default, (x, _TO_LAST))
+            norm = _call(captured, scaled, _aten.rms_norm.default, (last, [x.meta["val"].shape[1]], weight, eps))
+            scaled.replace_all_uses_with(_call(captured, scaled, _aten.permute.default, (norm, _BACK)))
+        count += 1
+    if count:
+        captured.graph.eliminate_dead_code()
+        captured.recompile()
+    return count
+
+
+def _match(mean: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float] | None:
+    """(x, the scaled result, weight, ε) where ``mean`` is the mean square of an RMS norm over dimension 1."""
+    if (
+        not _is(mean, "mean")
+        or list(mean.args[1:2]) != [[1]]
+        or (*mean.args[2:3], mean.kwargs.get("keepdim"))[0] is not True
+    ):
+        return None
+    square = mean.args[0]
+    if not (_is(square, "pow") and square.args[1] == 2 or _is(square, "square")):  # type: ignore[union-attr]
+        return None
+    x = square.args[0]  # type: ignore[union-attr]
+    shifted = _only_user(mean, "add")
+    root = _only_user(shifted, "rsqrt")
+    result = _only_user(root, "mul")
+    if result is None or shifted is None or not isinstance(shifted.args[1], float) or _rank(x) != 4:
+        return None
+    if root not in result.args or x not in result.args or shifted.kwargs:
+        return None
+    scaled = _only_user(result, "mul")
+    view = next((a for a in scaled.args if a is not result), None) if scaled is not None else None
+    if _is(view, "view") or _is(view, "reshape"):
+        weight = view.args[0]  # type: ignore[union-attr]
+        if weight.op == "get_attr" and list(view.args[1]) in ([1, -1, 1, 1], [1, x.meta["val"].shape[1], 1, 1]):  # type: ignore
+            return x, scaled, weight, shifted.args[1]  # type: ignore[return-value]
+    return x, result, None, shifted.args[1]  # type: ignore[return-value]
+
+
+def _is(node: Any, name: str) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and op_name(node.target) == name
+
+
+def _only_user(node: fx.Node | None, name: str) -> fx.Node | None:
+    users = list(node.users) if node is not None else []
+    return users[0] if len(users) == 1 and _is(users[0], name) else None
+
+
+def _rank(node: Any) -> int:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _call(captured: fx.GraphModule, like: fx.Node, target: Any, args: tuple) -> fx.Node:
+    """A new node in the module that ``like`` ran in, with the value that it has for the example inputs."""
+    node = captured.graph.call_function(target, args)
+    node.meta = {k: v for k, v in like.meta.items() if k != "val"}
+    node.meta["val"] = target(*fx.map_arg(args, lambda a: a.meta["val"]))
+    return node
