@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .engine import compact
     from .io import from_pretrained, load, push_to_hub, save
     from .measure import count_macs, measure_latency
+    from .training import calibrate
 
 __all__ = [
     "GateConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "Site",
     "SiteReport",
     "__version__",
+    "calibrate",
     "compact",
     "compare",
     "count_macs",
@@ -40,6 +42,7 @@ __all__ = [
 
 # Loaded when first asked for: torch-pruning and thop, which these need, are optional.
 _LAZY = {
+    "calibrate": "training",
     "compact": "engine",
     "compare": "compare",
     "count_macs": "measure",

@@ -61,6 +61,8 @@ class GateConfig:
         min_channels: Sites with fewer channels stay ungated, and no gate keeps fewer than this many.
         stream: Also gate the producers of the residual stream; their winners are added back into the full stream.
         boost: Multiply winners by their gain (True), or gate with 0/1 only (False).
+        signed: Gates look at the mean of what enters a site (True), or at the mean of its absolute value (False, as in
+            the paper). Behind a layer without an activation the mean tells more: a convolution is linear in it.
 
     Raises:
         ConfigError: An option is out of its domain.
@@ -74,6 +76,7 @@ class GateConfig:
     min_channels: int = 1
     stream: bool = False
     boost: bool = True
+    signed: bool = False
 
     def __post_init__(self) -> None:
         if self.macs is not None:
@@ -97,7 +100,7 @@ class GateConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ConfigError(f"`{name}` must be an integer of at least 1. Got {value!r}.")
-        for name in ("stream", "boost"):
+        for name in ("stream", "boost", "signed"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be True or False. Got {getattr(self, name)!r}.")
 

@@ -24,17 +24,20 @@ __all__ = [
 ]
 
 
-def subsample(x: Tensor, channel_dim: int = 1) -> Tensor:
+def subsample(x: Tensor, channel_dim: int = 1, signed: bool = False) -> Tensor:
     """s(x), equation 5: the mean of the absolute value over everything but batch and channels.
 
     Args:
         x: (B, C, H, W), (B, N, C) tokens, (B, C); batch first.
         channel_dim: Which dimension holds the channels.
+        signed: The mean of the values as they are.
 
     Returns:
         (B, C).
     """
     dims = [d for d in range(1, x.dim()) if d != channel_dim % x.dim()]
+    if signed:
+        return x.mean(dims) if dims else x
     return x.abs().mean(dims) if dims else x.abs()
 
 

@@ -44,7 +44,7 @@ def test_counts_must_be_whole_and_positive(name: str, value: object) -> None:
         GateConfig(**{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["stream", "boost"])
+@pytest.mark.parametrize("name", ["stream", "boost", "signed"])
 def test_switches_must_be_booleans(name: str) -> None:
     with pytest.raises(ConfigError, match=f"`{name}` must be True or False. Got 1"):
         GateConfig(**{name: 1})  # type: ignore[arg-type]

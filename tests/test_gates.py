@@ -42,6 +42,36 @@ def test_gain_moves_with_the_saliency() -> None:
     assert gate.last_gain.tolist() == [[1.25, 0.0, 1.5]]
 
 
+def test_strength_scales_the_gain_and_can_be_trained_from_zero() -> None:
+    gate = Gate(3, 1, 3, importance=torch.tensor([1.0, 2.0, 0.5]))
+    with torch.no_grad():
+        gate.weight.copy_(torch.tensor([[0.25], [-5.0], [0.0]]))
+        gate.strength.fill_(0.5)
+    x = torch.full((1, 1, 2, 2), -1.0)
+    gate(x)
+    assert gate.last_gain is not None
+    assert gate.last_gain.tolist() == [[1.125, 0.0, 1.0]]
+    with torch.no_grad():
+        gate.strength.zero_()
+    gate(x)
+    assert torch.equal(gate.last_gain, torch.ones(1, 3))
+    gate.last_gain[0, 0].backward()
+    assert gate.strength.grad is not None
+    assert float(gate.strength.grad) == 0.25  # g − start of that channel
+
+
+def test_a_signed_gate_sees_the_mean() -> None:
+    gate = Gate(2, 1, 1, signed=True)
+    with torch.no_grad():
+        gate.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+    x = torch.tensor([1.0, -3.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    assert gate(x).tolist() == [[0], [1]]
+    cancels = torch.tensor([2.0, -2.0]).view(1, 1, 1, 2)
+    gate(cancels)
+    assert gate.last_saliency is not None
+    assert gate.last_saliency.tolist() == [[1.0, 1.0]]
+
+
 def test_different_inputs_choose_different_channels() -> None:
     gate = Gate(2, 2, 1)
     with torch.no_grad():
@@ -110,5 +140,5 @@ def test_copies_and_pickles_after_a_forward_pass() -> None:
 
 def test_start_is_kept_in_the_state_dict() -> None:
     gate = Gate(5, 3, 2, importance=IMPORTANCE)
-    assert set(gate.state_dict()) == {"weight", "bias", "start"}
+    assert set(gate.state_dict()) == {"weight", "bias", "start", "strength"}
     assert torch.equal(gate.state_dict()["start"], IMPORTANCE)

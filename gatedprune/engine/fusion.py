@@ -151,6 +151,8 @@ def _subsample(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     layer = _module(root, source)  # type: ignore[arg-type]
     if not isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowAffine)) or selector.gate.channel_dim != 1:
         return
+    if selector.gate.signed:  # layers compute the mean of the absolute value only
+        return
     if not layer.subsample:
         layer.subsample = True
         with graph.inserting_after(source):  # type: ignore[arg-type]

@@ -62,15 +62,15 @@ class Selector(nn.Module):
         native = self.native and _fits(x) and gate.weight.dtype is torch.float32
         if self.subsampled:
             s = x
-        elif native and x.dim() > 2 and gate.channel_dim % x.dim() in (1, x.dim() - 1):
+        elif native and not gate.signed and x.dim() > 2 and gate.channel_dim % x.dim() in (1, x.dim() - 1):
             s = torch.ops.gatedprune.subsample(x, gate.channel_dim % x.dim())
         else:
-            s = subsample(x, gate.channel_dim)
+            s = subsample(x, gate.channel_dim, gate.signed)
         if self.shared:
             s = s.mean(0, keepdim=True)
         if native:
             active, gain = torch.ops.gatedprune.gate(
-                s, gate.weight, gate.bias, gate.start, index, gate.active_count, gate.boost
+                s, gate.weight, gate.bias, gate.start, gate.strength, index, gate.active_count, gate.boost
             )
         else:
             if index is not None:

@@ -226,7 +226,7 @@ def _excite_one(gate: Gate, x: Tensor, generator: torch.Generator) -> None:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     with torch.no_grad():
-        s = subsample(x.detach(), gate.channel_dim).double().cpu()
+        s = subsample(x.detach(), gate.channel_dim, gate.signed).double().cpu()
         apart = s - s.mean(0)
         # No steeper than this: else rounding errors in s would be blown up to the size of the gain.
         floor = max(1e-2 * float(s.square().mean().sqrt()), 1e-12)

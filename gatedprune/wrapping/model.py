@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -100,6 +101,17 @@ class GatedModel(nn.Module):
                 gate.weight.zero_()
                 gate.bias.copy_(magnitude_importance(self, site))
                 gate.start.copy_(gate.bias)
+                gate.strength.fill_(1)
+
+    def calibrate(self, batches: Iterable[Any], **options: Any) -> Any:
+        """Fit every gate's predictor in closed form, without labels or training: `gatedprune.calibrate`.
+
+        Args:
+            batches: A few hundred samples: tensors (B, …), or tuples that begin with one.
+            **options: Those of `gatedprune.calibrate`.
+        """
+        # Later in the order of imports: looked up when first asked for.
+        return importlib.import_module("gatedprune.training").calibrate(self, batches, **options)
 
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """The state dict without the gates: the keys of the model before wrapping."""
@@ -147,7 +159,7 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
         example_inputs: A tensor (B, C, H, W), or a tuple of the model's arguments; default: by the timm configuration.
         config: All options at once, instead of ``ratio`` and ``options``.
         **options: The other fields of `GateConfig`: ``macs`` (instead of ``ratio``: the share of the dense MACs that
-            may be left), ``include``, ``exclude``, ``round_to``, ``min_channels``, ``stream``, ``boost``.
+            may be left), ``include``, ``exclude``, ``round_to``, ``min_channels``, ``stream``, ``boost``, ``signed``.
 
     Returns:
         The same object, gated.
@@ -230,7 +242,7 @@ def _make_gate(model: nn.Module, site: Site, ratio: float, config: GateConfig) -
     weight = next(model.get_submodule(site.producers[0].path).parameters())
     return Gate(site.channels, site.in_channels, config.active_count(site.channels, ratio), boost=config.boost,
                 importance=magnitude_importance(model, site), channel_dim=site.gate_at.channel_dim,
-                device=weight.device, dtype=weight.dtype)  # fmt: skip
+                signed=config.signed, device=weight.device, dtype=weight.dtype)  # fmt: skip
 
 
 def _mutate(

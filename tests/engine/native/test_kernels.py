@@ -245,19 +245,21 @@ def test_subsample(shape: tuple[int, ...], dim: int) -> None:
 
 @pytest.mark.parametrize("k", [1, 5, 16])
 @pytest.mark.parametrize("boost", [True, False])
-def test_gate(k: int, boost: bool) -> None:
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+def test_gate(k: int, boost: bool, strength: float) -> None:
     """Ties go to the lower index, as in the reference; most saliencies here are zero, and so tie."""
     g = torch.Generator().manual_seed(k)
     gate = Gate(16, 8, k, importance=torch.rand(16, generator=g), boost=boost)
     with torch.no_grad():
         gate.weight.copy_(torch.randn(16, 8, generator=g))
+        gate.strength.fill_(strength)
     s = torch.rand(6, 8, generator=g)
-    found = ops.gate(s, gate.weight, gate.bias, gate.start, None, k, boost)
+    found = ops.gate(s, gate.weight, gate.bias, gate.start, gate.strength, None, k, boost)
     active, gain, _ = gate.select(s)
     assert torch.equal(found[0], active)
     torch.testing.assert_close(found[1], gain, rtol=0, atol=0)
     index = subsets(6, 8, 3, g)
-    narrow = ops.gate(s.gather(1, index), gate.weight, gate.bias, gate.start, index, k, boost)
+    narrow = ops.gate(s.gather(1, index), gate.weight, gate.bias, gate.start, gate.strength, index, k, boost)
     wide = torch.zeros_like(s).scatter(1, index, s.gather(1, index))
     assert torch.equal(narrow[0], gate.select(wide)[0])
 
@@ -346,7 +348,9 @@ def test_operators_are_well_registered() -> None:
     torch.library.opcheck(ops.affine.default, (x, torch.ones(5), torch.ones(5), i, "", True), test_utils=checks)
     s = torch.rand(2, 5)
     torch.library.opcheck(
-        ops.gate.default, (s, torch.randn(6, 5), torch.ones(6), torch.ones(6), None, 3, True), test_utils=checks
+        ops.gate.default,
+        (s, torch.randn(6, 5), torch.ones(6), torch.ones(6), torch.ones(()), None, 3, True),
+        test_utils=checks,
     )
     table, fixed = torch.tensor([[0], [1], [2]]), torch.tensor([3])
     torch.library.opcheck(ops.channel_index.default, ([table], fixed, [torch.tensor([[0, 2]])], 4), test_utils=checks)

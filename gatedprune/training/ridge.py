@@ -1,0 +1,89 @@
+"""Ridge regression from accumulated moments, its shrinkage chosen by cross-validation. Closed form; no data needed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .moments import Moments
+
+__all__ = ["SHRINKAGES", "Ridge", "fit", "squared_errors"]
+
+# In units of a standardised feature's variance: half decades; the last leaves nothing but the constant term.
+SHRINKAGES = (*(10 ** (e / 2) for e in range(-8, 7)), math.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Ridge:
+    """A fitted regression y ≈ x·φᵀ + ρ.
+
+    Attributes:
+        weight: φ, (C, P). bias: ρ, (C,).
+        shrinkage: λ, chosen for all targets together; infinite: the constant term alone.
+        r2: 1 − (squared errors on the folds left out) / (those of the constant term), over all targets; at least 0,
+            as the constant term is among the candidates. None with fewer than two folds of data.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    shrinkage: float
+    r2: float | None
+
+
+class _Path:
+    """All the ridge solutions of one set of moments, from one eigendecomposition."""
+
+    def __init__(self, m: Moments) -> None:
+        n = m.count[0].clamp_min(1)
+        self.mx, self.my = m.x[0] / n, m.y[0] / n
+        cov = m.xx[0] / n - self.mx[:, None] * self.mx
+        var = cov.diagonal().clamp_min(0)
+        # A feature that does not vary (up to rounding) says nothing: leave it out instead of dividing by nearly zero.
+        alive = var > 1e-12 * (m.xx[0].diagonal() / n).clamp_min(1e-300)
+        self.scale = torch.where(alive, var.clamp_min(1e-300).rsqrt(), 0)
+        self.values, self.vectors = torch.linalg.eigh(self.scale[:, None] * cov * self.scale)
+        cross = (m.xy[0] / n - self.mx[:, None] * self.my) * self.scale[:, None]
+        self.projected = self.vectors.T @ cross
+
+    def solution(self, shrinkage: float) -> tuple[Tensor, Tensor]:
+        """φ (C, P), ρ (C,)."""
+        if math.isinf(shrinkage):
+            return torch.zeros_like(self.projected).T, self.my
+        beta = self.vectors @ (self.projected / (self.values.clamp_min(0) + shrinkage)[:, None])
+        phi = (beta * self.scale[:, None]).T
+        return phi, self.my - phi @ self.mx
+
+
+def squared_errors(m: Moments, weight: Tensor, bias: Tensor) -> Tensor:
+    """Σ (y − x·φᵀ − ρ)² over one fold's samples, (C,), from its moments."""
+    # Around the means: the raw sums would cancel.
+    n = m.count[0].clamp_min(1)
+    mx, my = m.x[0] / n, m.y[0] / n
+    xx = m.xx[0] - n * mx[:, None] * mx
+    xy = m.xy[0] - n * mx[:, None] * my
+    yy = m.yy[0] - n * my.square()
+    offset = my - weight @ mx - bias
+    slope = yy - 2 * (weight * xy.T).sum(1) + ((weight @ xx) * weight).sum(1)
+    return (slope + n * offset.square()).clamp_min(0)
+
+
+def fit(moments: Moments) -> Ridge:
+    """The ridge regression whose shrinkage has the least squared error on the folds left out."""
+    filled = [f for f in range(moments.folds) if moments.count[f] > 0]
+    path = _Path(moments.total())
+    if len(filled) < 2:
+        return Ridge(*path.solution(math.inf), math.inf, None)
+    errors = torch.zeros(len(SHRINKAGES), dtype=torch.float64)
+    for f in filled:
+        out = torch.arange(moments.folds, device=moments.x.device) == f
+        others, left = _Path(moments.pick(~out)), moments.pick(out)
+        for i, shrinkage in enumerate(SHRINKAGES):
+            errors[i] += float(squared_errors(left, *others.solution(shrinkage)).sum())
+    constant = float(errors[-1])
+    # Ties go to the greater shrinkage: a site that cannot be predicted is left with its constant term.
+    best = len(SHRINKAGES) - 1 - int(errors.flip(0).argmin())
+    r2 = 1 - float(errors[best]) / constant if constant > 0 else 0.0
+    return Ridge(*path.solution(SHRINKAGES[best]), SHRINKAGES[best], r2)

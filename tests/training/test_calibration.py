@@ -1,0 +1,219 @@
+"""Calibration on small timm models: the gain stays 1, the choice follows the contributions, nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+import gatedprune
+from gatedprune.errors import ConfigError, DataError, ModelError
+from gatedprune.sites import suspended
+from gatedprune.training import Contributions, OracleChoice, held_out_r2
+
+
+def images(n: int = 24, seed: int = 0) -> Tensor:
+    """Images that differ in brightness, colour and coarseness: something to choose by."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(n, 3, 6, 6, generator=g) * torch.rand(n, 3, 1, 1, generator=g) * 2
+    x = torch.nn.functional.interpolate(coarse, 48, mode="bilinear")
+    return x + torch.randn(n, 3, 1, 1, generator=g)
+
+
+def gated(name: str = "test_efficientnet", ratio: float = 0.5, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    return gatedprune.wrap(model, ratio, example_inputs=torch.zeros(1, 3, 48, 48), **options)
+
+
+def dense_record(model: Any, x: Tensor) -> Contributions:
+    with torch.no_grad(), Contributions(model) as record, suspended(model):
+        model(x)
+    return record
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_first_gate_is_the_ridge_regression_of_contributions(signed: bool) -> None:
+    """Against the regression computed from the data; the shift and the scale are the same for all channels."""
+    model, x = gated(signed=signed), images()
+    found = model.calibrate(x.split(5), rounds=1)
+    name, gate = next(iter(model.gates.items()))
+    record, info = dense_record(model, x), found.sites[name]
+    s, t = record.seen[name], record.target(name)
+    spread = s.std(0, unbiased=False)
+    z = (s - s.mean(0)) / spread
+    beta = torch.linalg.solve(z.T @ z / len(z) + info.shrinkage * torch.eye(z.shape[1]), z.T @ (t - t.mean(0)) / len(z))
+    wanted = (z @ beta + t.mean(0)) / t.mean() + info.offset
+    g = gate.select(s.float())[2]
+    torch.testing.assert_close(g.double(), wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gate.start.double(), t.mean(0) / t.mean() + info.offset, rtol=1e-5, atol=1e-6)
+    assert found.samples == 24
+
+
+def test_contributions_are_what_the_reader_loses() -> None:
+    """Removing one channel before a 1×1 convolution changes its output by exactly the contribution, in mean square."""
+    model, x = gated(ratio=0.0), images(6)
+    site = next(s for s in model.gated_sites if model.get_submodule(s.consumers[0].path).kernel_size == (1, 1))
+    record = dense_record(model, x)
+    reader, seen = model.get_submodule(site.consumers[0].path), []
+    handle = reader.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad(), suspended(model):
+        model(x)
+    handle.remove()
+    lost = torch.zeros_like(seen[0])
+    lost[:, 3] = seen[0][:, 3]
+    with torch.no_grad():
+        change = torch.nn.functional.conv2d(lost, reader.weight).double().square().sum(1).mean((1, 2)).sqrt()
+    torch.testing.assert_close(record.target(site.name)[:, 3], change, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_vit"])
+def test_the_gain_stays_one_and_ratio_zero_changes_nothing(name: str) -> None:
+    size = 160 if name == "test_vit" else 48
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    x = torch.nn.functional.interpolate(images(12), size)
+    with torch.no_grad():
+        dense = model(x)
+    model = gatedprune.wrap(model, 0.5, example_inputs=x[:1])
+    found = model.calibrate([x[:6], x[6:]], rounds=2)
+    with torch.no_grad():
+        model(x)
+        for site, gate in model.gates.items():
+            assert torch.equal(gate.last_gain, torch.ones_like(gate.last_gain)), site
+            assert bool((gate.last_saliency > 0).all()), f"{site}: channels that the rectifier cut off are not ranked"
+        assert any((g.last_active != g.last_active[:1]).any() for g in model.gates.values()), (
+            "one choice for all images"
+        )
+        model.set_ratio(0.0)
+        torch.testing.assert_close(model(x), dense, rtol=1e-6, atol=1e-6)
+    assert set(found.sites) == set(model.gates)
+    assert "R²" in str(found)
+
+
+def test_batch_size_and_labels_do_not_matter() -> None:
+    a, b, x = gated(), gated(), images()
+    gatedprune.calibrate(a, x.split(3), rounds=2)
+    gatedprune.calibrate(b, [(x[:20], torch.zeros(20)), [x[20:], None]], rounds=2)
+    for site, gate in a.gates.items():
+        torch.testing.assert_close(gate.weight, b.gates[site].weight, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(gate.start, b.gates[site].start, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_compact_equals_masked_after_calibration(signed: bool) -> None:
+    model, x = gated(signed=signed), images(8)
+    model.calibrate(x.split(4))
+    fast = gatedprune.compact(model, x[:1])
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_choosing_per_image_loses_less_than_choosing_once() -> None:
+    """On images that calibration has not seen; the oracle loses least."""
+    model, x, unseen = gated(signed=True), images(60), images(30, seed=1)
+    model.calibrate(x.split(20))
+    record = dense_record(model, unseen)
+    name = next(iter(model.gates))
+    gate, energy = model.gates[name], record.energy[name]
+
+    def lost(active: Tensor) -> float:
+        return 1 - float((energy.gather(1, active).sum(1) / energy.sum(1)).mean())
+
+    k = gate.active_count
+    dynamic = lost(gate.select(record.seen[name].float())[0])
+    static = lost(gate.start.topk(k).indices.expand(len(unseen), k))
+    assert lost(energy.topk(k).indices) <= dynamic < static
+
+
+def test_further_rounds_suit_what_gates_see_of_a_gated_model() -> None:
+    one, more, x = gated(signed=True), gated(signed=True), images(60)
+    fits = one.calibrate(x.split(20), rounds=1), more.calibrate(x.split(20), rounds=4)
+    unseen = [images(40, seed=2)]
+    r2 = [held_out_r2(m, f, unseen) for m, f in zip((one, more), fits, strict=True)]
+    first, *later = one.gates
+    assert sum(r2[1][n] for n in later) > sum(r2[0][n] for n in later)
+    # Nothing is suppressed before the first gate: it sees the same in every round.
+    torch.testing.assert_close(one.gates[first].start, more.gates[first].start, rtol=1e-4, atol=1e-4)
+
+
+def test_training_mode_and_statistics_come_back() -> None:
+    model, x = gated().train(), images(8)
+    before = copy.deepcopy(model.backbone_state_dict())
+    model.calibrate([x])
+    assert model.training
+    assert not any(g.last_active is not None for g in model.gates.values())
+    for key, value in model.backbone_state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_training_moves_the_gain_of_a_calibrated_model() -> None:
+    model, x = gated(), images(8)
+    model.calibrate([x])
+    model.train()(x).square().mean().backward()
+    assert all(float(g.strength.grad.abs()) > 0 for g in model.gates.values())
+
+
+def test_reset_gates_undoes_it() -> None:
+    model = gated()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.calibrate([images(8)])
+    model.reset_gates()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_the_oracle_chooses_the_largest_contributions() -> None:
+    model, x = gated(), images(5)
+    oracle, record = OracleChoice(model), dense_record(model, x)
+    oracle(x)
+    for name, gate in model.gates.items():
+        wanted = record.target(name).topk(gate.active_count).indices.sort(1).values
+        assert torch.equal(gate.last_active, wanted), name
+    model(x)
+    assert not torch.equal(model.gates[name].last_active, wanted), "the gates are still overridden"
+
+
+def test_failures_leave_the_gates_as_they_were() -> None:
+    model, x = gated(), images(8)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def breaks() -> Iterator[Tensor]:
+        yield x
+        raise OSError("the disk is gone")
+
+    class Loader:
+        rounds = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.rounds += 1
+            return iter([x]) if self.rounds == 1 else breaks()
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        model.calibrate(Loader())
+    with pytest.raises(DataError, match="not finite"):
+        model.calibrate([x * float("nan")])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_errors_name_cause_and_fix() -> None:
+    model, x = gated(), images(4)
+    with pytest.raises(DataError, match="are empty"):
+        model.calibrate([])
+    with pytest.raises(DataError, match="iterator"):
+        model.calibrate(iter([x]))
+    model.calibrate(iter([x]), rounds=1)
+    with pytest.raises(DataError, match="inputs="):
+        model.calibrate([{"image": x}])
+    model.calibrate([{"image": x}], rounds=1, inputs=lambda batch: batch["image"])
+    for options in ({"rounds": 0}, {"folds": 1}, {"folds": True}):
+        with pytest.raises(ConfigError, match="must be an integer of at least"):
+            model.calibrate([x], **options)
+    with pytest.raises(ModelError, match="not gated"):
+        gatedprune.calibrate(torch.nn.Linear(2, 2), [x])
