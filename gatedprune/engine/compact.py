@@ -145,7 +145,7 @@ class CompactModel(nn.Module):
         source: GatedModel = self.__dict__["_source"]
         graph = capture(source, two_samples(args), dynamic_batch=True)
         values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
-        free = all(isinstance(v.shape[0], torch.SymInt) for v in values if isinstance(v, Tensor) and v.dim())
+        free = all(_varies(v.shape[0]) for v in values if isinstance(v, Tensor) and v.dim())
         if not free:
             graph = capture(source, args)
         analysis = analyse(source._gatedprune_base.__name__, graph, stream=source.gate_config.stream)
@@ -187,3 +187,8 @@ def _key(args: tuple, with_batch: bool) -> str:
         "x".join(map(str, a.shape if with_batch else a.shape[1:])) if isinstance(a, Tensor) else repr(a) for a in args
     ]
     return ("batch:" if with_batch else "any:") + ",".join(shapes).replace(".", "_")
+
+
+def _varies(size: Any) -> bool:
+    """Whether a size was left open in tracing: a model that asks for ``len(x)`` fixes it, symbol or not."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None

@@ -165,8 +165,8 @@ def _check_active(active: Tensor, samples: int, k: int, channels: int, where: st
 def check_samples_independent(case: Case) -> str:
     """No sample's result depends on its batch-mates: alone, in a batch, and beside NaN.
 
-    Where the dense model itself lets NaN through (PyTorch's attention on the CPU does for some shapes), beside large
-    values instead.
+    Where the dense model itself lets NaN through (a product over the batch does, with a weight of zero), beside
+    large values instead.
     """
     args = case.inputs(torch.float64)
     dense = case.dense().double()

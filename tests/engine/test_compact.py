@@ -268,3 +268,53 @@ def test_boost_and_ratio(boost: bool, ratio: float) -> None:
     x = images(2, 3, 32, 32)
     gated = gate_up(timm.create_model("test_byobnet", num_classes=5), x, boost=boost, ratio=ratio, round_to=4)
     same(compact(gated, x), gated, x)
+
+
+class Woken(nn.Module):
+    """Half of the channels are added to the residual stream and the other half is a site: the norm is held in full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(32)
+        self.second = nn.Conv2d(32, 16, 3, padding=1)
+        self.third = nn.Conv2d(16, 4, 1)
+        self.stem = nn.Conv2d(3, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = torch.cat([self.stem(x) + y[:, :16], y[:, 16:]], 1)
+        return self.third(self.second(self.norm(y).sigmoid()).relu())
+
+
+def test_gates_do_not_see_what_a_norm_has_woken() -> None:
+    x = images(3, 3, 12, 12)
+    gated = gate_up(Woken(), x)
+    assert list(gated.gates) == ["first", "second"]
+    same(compact(gated, x), gated, x)
+
+
+class Positional(nn.Module):
+    """Attention whose positional part is computed from a buffer that is expanded to the batch."""
+
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self.fixed = fixed
+        self.qkv, self.place, self.proj = nn.Linear(8, 48), nn.Linear(3, 4), nn.Linear(16, 8)
+        self.register_buffer("places", torch.randn(1, 5, 5, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = len(x) if self.fixed else x.shape[0]  # tracing fixes what len() returns
+        q, k, v = self.qkv(x).reshape(batch, 5, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        place = self.place(self.places.expand(batch, -1, -1, -1)).permute(0, 3, 1, 2).softmax(-1)
+        attention = (q @ k.transpose(-2, -1)).softmax(-1) + place
+        return self.proj((attention @ v).transpose(1, 2).reshape(batch, 5, 16))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_depends_on_the_batch_size_is_no_constant(fixed: bool) -> None:
+    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gated = gate_up(Positional(fixed), x)
+    fast = compact(gated, x)
+    same(fast, gated, x)
+    same(fast, gated, x[:2])

@@ -265,3 +265,23 @@ def test_finding_changes_nothing() -> None:
     assert not model.norm.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_norm_behind_a_reshape_takes_the_gain() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.fc1(x.flatten(2).transpose(1, 2))
+        return net.fc2(net.norm(y.flatten(0, 1)).reshape_as(y).relu())
+
+    (site,) = sites(forward, fc1=nn.Linear(3, 12), norm=nn.BatchNorm1d(12), fc2=nn.Linear(12, 4))
+    assert [(at.path, at.side) for at in site.gain_at] == [("norm", "output")]
+
+
+def test_heads_take_the_gain_where_they_are_read() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = net.qkv(x).reshape(len(x), -1, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(x), -1, 32)
+        return net.proj(net.act(y))
+
+    (site,) = sites(forward, qkv=nn.Linear(3, 96), act=nn.ReLU(), proj=nn.Linear(32, 8))
+    assert (site.channels, [(at.path, at.side) for at in site.gain_at]) == (4, [("proj", "input")])
