@@ -14,6 +14,7 @@ from .wrapping import is_gated, unwrap, wrap
 if TYPE_CHECKING:
     from .compare import compare, prune_static
     from .engine import compact
+    from .export import export
     from .io import from_pretrained, load, push_to_hub, save
     from .measure import count_macs, measure_latency
     from .training import calibrate
@@ -28,6 +29,7 @@ __all__ = [
     "compact",
     "compare",
     "count_macs",
+    "export",
     "find_sites",
     "from_pretrained",
     "is_gated",
@@ -46,6 +48,7 @@ _LAZY = {
     "compact": "engine",
     "compare": "compare",
     "count_macs": "measure",
+    "export": "export",
     "from_pretrained": "io",
     "load": "io",
     "measure_latency": "measure",

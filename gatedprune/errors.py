@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["BackendError", "CheckpointError", "ConfigError", "DataError", "GatedPruneError", "ModelError"]
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ExportError",
+    "GatedPruneError",
+    "ModelError",
+]
 
 
 class GatedPruneError(Exception):
@@ -23,6 +31,10 @@ class DataError(GatedPruneError, ValueError):
 
 class CheckpointError(GatedPruneError, RuntimeError):
     """A checkpoint is damaged, or belongs to another model or version."""
+
+
+class ExportError(GatedPruneError, RuntimeError):
+    """A model cannot be written in the format asked for."""
 
 
 class BackendError(GatedPruneError, RuntimeError):
