@@ -1,4 +1,4 @@
-"""The command line: `gatedprune inspect`, `compare` and `bench`."""
+"""The command line: `gatedprune inspect`, `compare`, `bench` and `export`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from torch import nn
 from ._version import __version__
 from .config import GateConfig
 from .errors import GatedPruneError, ModelError
+from .io import is_saved, load
 from .measure.macs import format_macs
 from .sites import SiteReport, find_sites, normalise_inputs
+from .wrapping import is_gated, unwrap, wrap
 
 __all__ = ["main"]
 
@@ -39,18 +41,20 @@ class _Size(click.ParamType):
 
 
 class _Model(click.ParamType):
-    """A function (device, size) → model, from a timm name or ``module:callable``."""
+    """A function (device, size) → model, from a timm name, ``module:callable`` or a saved folder (then gated)."""
 
     name = "MODEL"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Callable[..., nn.Module]:
+        if is_saved(value):
+            return lambda device, size: load(value)
         if ":" in value:
             return self._imported(value, param, ctx)
         if value.split(".")[0] not in timm.list_models():
             near = difflib.get_close_matches(value, timm.list_models(), n=3, cutoff=0.5)
             hint = f" Did you mean {', '.join(near)}?" if near else ""
             self.fail(f"timm {timm.__version__} has no model {value!r}.{hint} "
-                      "A model of your own is named as module:callable.", param, ctx)  # fmt: skip
+                      "Name your own as module:callable, a saved one by its folder.", param, ctx)  # fmt: skip
 
         def build(device: str, size: tuple[int, int] | None) -> nn.Module:
             options: dict[str, Any] = {}
@@ -94,6 +98,7 @@ def main() -> None:
       gatedprune inspect mypackage.models:build       a model of your own: what build() returns
       gatedprune compare resnet18 --ratio 0.5         dense, static and dynamic: MACs, parameters, ms
       gatedprune bench resnet50 --ratio 0.3,0.5       the same over ratios, sizes, batches and threads, as a plot
+      gatedprune export my_model                      a saved model as an ONNX file, gates included
     """
 
 
@@ -110,7 +115,7 @@ def inspect(model: Callable[..., nn.Module], size: tuple[int, int] | None, strea
       gatedprune inspect convnext_tiny --size 192x640
       gatedprune inspect mobilenetv3_small_050 --stream --json
 
-    MODEL is a name that timm knows, or module:callable. No weights are loaded.
+    MODEL is a name that timm knows, module:callable, or a folder that gatedprune.save() wrote. No weights are loaded.
     """
     report = _explained(lambda: _look(model, size, stream))
     click.echo(json.dumps(_as_dict(report), indent=2) if as_json else _as_text(report))
@@ -124,7 +129,12 @@ def inspect(model: Callable[..., nn.Module], size: tuple[int, int] | None, strea
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in a batch.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads for one operator.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that are timed.")
-@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it to a file.")
+@click.option(
+    "--json",
+    "file",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Write all of it to a file; with -, print it instead of the table.",
+)
 def compare(model: Callable[..., nn.Module], ratio: float | None, macs: float | None, size: tuple[int, int] | None,
             batch: int, threads: int, repeats: int, file: Path | None) -> None:  # fmt: skip
     """Dense, static and dynamic side by side: MACs, parameters, milliseconds.
@@ -142,13 +152,14 @@ def compare(model: Callable[..., nn.Module], ratio: float | None, macs: float | 
         torch.manual_seed(0)
         network = model("cpu", size)
         images = torch.randn(batch, *_image(network, size))
-        config = GateConfig(ratio=ratio, macs=macs)
+        if is_gated(network) and macs is None:
+            if ratio is not None:
+                network.set_ratio(ratio)  # type: ignore[operator]
+            return run(network, images, threads=threads, repeats=repeats)
+        network, config = _dense(network), GateConfig(ratio=ratio, macs=macs)
         return run(network, images, config=config, threads=threads, repeats=repeats)
 
-    result = _explained(work)
-    if file is not None:
-        result.to_json(file)
-    click.echo(str(result))
+    _printed(_explained(work), file)
 
 
 class _Numbers(click.ParamType):
@@ -201,7 +212,12 @@ class _Numbers(click.ParamType):
 )
 @click.option("--tune", is_flag=True, help="Choose each layer's backend by timing it.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that are timed.")
-@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it to a file.")
+@click.option(
+    "--json",
+    "file",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Write all of it to a file; with -, print it instead of the table.",
+)
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw ms over MACs to a .png, .svg or .pdf."
 )
@@ -223,7 +239,7 @@ def bench(model: Callable[..., nn.Module], sizes: tuple[tuple[int, int], ...], r
     def work() -> Any:
         torch.manual_seed(0)
         size = sizes[0] if sizes else None
-        network = model("cpu", size)
+        network = _dense(model("cpu", size))
         shapes = list(sizes) or [(_image(network, None)[1], _image(network, None)[2])]
         count = len(shapes) * len(ratios) * len(batches) * len(threads)
         with click.progressbar(length=count, label="timing", file=sys.stderr) as bar:
@@ -233,11 +249,50 @@ def bench(model: Callable[..., nn.Module], sizes: tuple[tuple[int, int], ...], r
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise click.ClickException("--plot needs matplotlib: pip install 'gatedprune[bench]'.")
     result = _explained(work)
-    if file is not None:
-        result.to_json(file)
     if plot is not None:
         result.plot(plot)
-    click.echo(str(result))
+    _printed(result, file)
+
+
+@main.command()
+@click.argument("model", type=_Model())
+@click.option("--format", "form", type=click.Choice(["onnx", "torch-export"]), default="onnx", show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="[default: model.onnx, model.pt2]")
+@click.option("--ratio", type=float, help="Share of suppressed channels.  [default: 0.5, or as saved]")
+@click.option("--macs", type=float, help="Instead: the share of the dense MACs that may be left.")
+@click.option("--size", type=_Size(), help="Image size in pixels; default: as saved, or the one timm configures.")
+@click.option("--batch", type=click.IntRange(1), help="Images in each call; faster than the default, any number.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Run the file and compare.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def export(model: Callable[..., nn.Module], form: str, output: Path | None, ratio: float | None, macs: float | None,
+           size: tuple[int, int] | None, batch: int | None, check: bool, as_json: bool) -> None:  # fmt: skip
+    """The compact model as an ONNX file or a torch.export program, its choice of channels for each image included.
+
+    \b
+      gatedprune export my_model --output my_model.onnx
+      gatedprune export my_model --format torch-export --size 192x640
+      gatedprune export mypackage.models:build --ratio 0.3 --batch 1 --json
+
+    my_model is a folder that gatedprune.save() wrote. Of a name that timm knows, weights are random. ONNX needs the
+    extra `export` (onnx, onnxscript, onnxruntime).
+    """
+    from .export import export as run
+
+    def work() -> Any:
+        torch.manual_seed(0)
+        network = model("cpu", size)
+        images = torch.zeros(2, *_image(network, size)) if size is not None or not is_gated(network) else None
+        if not is_gated(network):
+            network = wrap(network, config=GateConfig(ratio=ratio, macs=macs), example_inputs=images).eval()
+        elif macs is not None:
+            raise click.UsageError("--macs is for a model without gates. Give --ratio: the trained gates stay.")
+        elif ratio is not None:
+            network.set_ratio(ratio)  # type: ignore[operator]
+        path = output or Path("model.onnx" if form == "onnx" else "model.pt2")
+        return run(network, path, form, example_inputs=images, batch=batch, check=check)
+
+    result = _explained(work)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
 
 
 def _explained(work: Callable[[], Any]) -> Any:
@@ -246,6 +301,22 @@ def _explained(work: Callable[[], Any]) -> Any:
         return work()
     except (GatedPruneError, ImportError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _dense(model: nn.Module) -> nn.Module:
+    """Without the gates that a saved folder came with."""
+    dense: nn.Module = unwrap(model) if is_gated(model) else model
+    return dense
+
+
+def _printed(result: Any, file: Path | None) -> None:
+    """A result as a table, with JSON in a file where asked for; JSON alone where that file is "-"."""
+    if file is not None and str(file) == "-":
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    if file is not None:
+        result.to_json(file)
+    click.echo(str(result))
 
 
 def _image(model: nn.Module, size: tuple[int, int] | None) -> tuple[int, ...]:
@@ -258,7 +329,7 @@ def _look(build: Callable[..., nn.Module], size: tuple[int, int] | None, stream:
     """On the meta device, where no weight is ever made; for real where a model cannot be built or traced there."""
     for device in ("meta", "cpu"):
         try:
-            model = build(device, size)
+            model = _dense(build(device, size))
             parameter = next(model.parameters(), torch.empty(0))
             return find_sites(model, torch.zeros(2, *_image(model, size), device=parameter.device), stream=stream)
         except (ModelError, RuntimeError, NotImplementedError):

@@ -103,8 +103,62 @@ def test_a_model_without_sites_is_explained(monkeypatch: pytest.MonkeyPatch) -> 
     assert "its channels leave the model as an output" in result.output and "0 sites" in result.output
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    small = timm.create_model("test_resnet")
+    gated = gatedprune.wrap(small, 0.25, example_inputs=torch.zeros(1, 3, 64, 64))
+    return gatedprune.save(gated, tmp_path_factory.mktemp("cli") / "my_model")
+
+
+def test_export_takes_a_saved_folder(saved: Path, tmp_path: Path) -> None:
+    target = tmp_path / "m.pt2"
+    result = run("export", str(saved), "--format", "torch-export", "--output", str(target), "--batch", "1", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.output)
+    assert told["path"] == str(target) and told["bytes"] == target.stat().st_size
+    assert told["inputs"] == [[1, 3, 64, 64]] and told["difference"] < 1e-5
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.export.load(target).module()(x), gatedprune.load(saved)(x), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_export_wraps_a_model_without_gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--format", "torch-export", "--ratio", "0.7", "--size", "32", "--batch", "2", "--no-check"]
+    result = run("export", "test_resnet", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "model.pt2: torch-export" in result.output and "takes 2x3x32x32; not checked" in result.output
+
+
+def test_export_says_what_is_wrong(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("export", str(saved), "--format", "torch-export", "--no-check", "--batch", "1",
+                 "--output", str(tmp_path / "file" / "m.pt2"))  # fmt: skip
+    assert result.exit_code == 1 and "m.pt2 cannot be written" in result.output
+    result = run("export", str(saved), "--macs", "0.5")
+    assert result.exit_code == 2 and "--macs is for a model without gates" in result.output
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "gatedprune.json").write_text("{")
+    result = run("inspect", str(broken))
+    assert result.exit_code == 1 and "is damaged" in result.output and "Traceback" not in result.output
+
+
+def test_other_commands_take_a_saved_folder(saved: Path) -> None:
+    result = run("inspect", str(saved), "--size", "64", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["model"] == "ResNet" and len(json.loads(result.output)["sites"]) == 7
+    pytest.importorskip("torch_pruning", reason="needs the extra compare")
+    result = run("compare", str(saved), "--size", "64", "--repeats", "1", "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)
+
+
 def test_help_teaches_by_example() -> None:
-    for arguments in (["--help"], ["inspect", "--help"], ["compare", "--help"]):
+    for arguments in (["--help"], ["inspect", "--help"], ["compare", "--help"], ["export", "--help"]):
         result = run(*arguments)
         assert result.exit_code == 0 and "  gatedprune " in result.output
 

@@ -117,6 +117,7 @@ class Conv2d(nn.Module):
         w, bias = self.weights(None if self.whole_groups else in_index, out_index, gain)
         if w.shape[0] == 1 or isinstance(self.batch, int):
             return self.follow(self._grouped(x, w, bias, groups), residual)
+        bias = bias if bias is None or bias.shape[0] == 1 else per_row(bias, x.shape[0])
         return self.follow(self._unfolded(x, per_row(w, x.shape[0]), bias, groups), residual)
 
     def _grouped(self, x: Tensor, w: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -153,7 +154,7 @@ class Conv2d(nn.Module):
             columns = columns.reshape(-1, groups, channels // groups * len(taps), height * width)
             y = w.reshape(-1, groups, out // groups, w.shape[2] * w.shape[3]) @ columns
             y = y.reshape(-1, out, height, width)
-        return y if bias is None else y + per_row(bias, bias.shape[0])[:, :, None, None]
+        return y if bias is None else y + bias[:, :, None, None]
 
 
 class Linear(nn.Module):
@@ -185,14 +186,19 @@ class Linear(nn.Module):
 class Affine(nn.Module):
     """`narrow.NarrowAffine`."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, layer: narrow.NarrowAffine) -> None:
         super().__init__()
-        self.register_buffer("scale", layer.scale)
-        self.register_buffer("shift", layer.shift)
+        for name in ("scale", "shift"):
+            self.register_buffer(name, layer.get_buffer(name))
         self.follow = _Follow(layer)
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Any:
-        scale, shift = ((v[None] if index is None else per_row(v[index], x.shape[0])) for v in (self.scale, self.shift))  # type: ignore[index]
+        scale, shift = self.scale[None], self.shift[None]
+        if index is not None:
+            scale, shift = (per_row(v[0, index], x.shape[0]) for v in (scale, shift))
         view = (*scale.shape, *[1] * (x.dim() - 2))
         return self.follow(shift.reshape(view) + x * scale.reshape(view), None)
 
@@ -217,11 +223,16 @@ class Selector(nn.Module):
 class GroupNorm(nn.Module):
     """`narrow.NarrowGroupNorm`."""
 
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, layer: narrow.NarrowGroupNorm) -> None:
         super().__init__()
         self.size, self.eps = layer.size, layer.eps
-        self.register_buffer("weight", layer.weight)
-        self.register_buffer("bias", layer.bias)
+        weight: Tensor | None = layer.weight
+        bias: Tensor | None = layer.bias
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         y = F.group_norm(x, max(1, x.shape[1] // self.size), eps=self.eps)

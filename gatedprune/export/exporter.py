@@ -71,8 +71,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], format: str = "onnx",
            batch: int | None = None, check: bool = True) -> Exported:  # fmt: skip
     """Write the compact model, with its choice of channels for each input inside the graph, as a file.
 
-    The graph holds plain operators only. The image size is fixed; the batch may vary, or be fixed (``batch=1`` is faster:
-    convolutions stay convolutions, where otherwise they become matrix products on the unfolded input).
+    The graph holds plain operators only. The image size is fixed. The batch may vary; where it is fixed, convolutions
+    stay convolutions, where otherwise they become matrix products on the unfolded input.
 
     Args:
         model: A gated model, or a compact one. Left as it is.
@@ -92,7 +92,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], format: str = "onnx",
     if format not in FORMATS:
         raise ConfigError(f"`format` of export() must be one of {', '.join(map(repr, FORMATS))}. Got {format!r}.")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise ConfigError(f"`batch` of export() must be an integer of at least 1, or None for any. Got {batch!r}.")
+        raise ConfigError(f"`batch` of export() must be an integer from 1 on, or None for any. Got {batch!r}.")
     source, share = _source(model)
     args = _sized(_inputs(source, example_inputs), 2 if batch is None else batch)
     if format == "onnx" and any(a.dtype is torch.bfloat16 for a in args if isinstance(a, Tensor)):
@@ -136,7 +136,12 @@ def _source(model: nn.Module) -> tuple[GatedModel, str]:
 def _inputs(source: GatedModel, example_inputs: Any) -> tuple[Any, ...]:
     if example_inputs is not None:
         return normalise_inputs(source, example_inputs)
-    return tuple(torch.zeros(a.shape, dtype=a.dtype) if isinstance(a, Tensor) else a for a in source._gatedprune_inputs)
+    # In the type that the model has now, which may have been converted since it was wrapped.
+    kind = next((p.dtype for p in source.parameters() if p.is_floating_point()), torch.float32)
+    return tuple(
+        torch.zeros(a.shape, dtype=kind if a.is_floating_point() else a.dtype) if isinstance(a, Tensor) else a
+        for a in source._gatedprune_inputs
+    )
 
 
 def _sized(args: tuple[Any, ...], samples: int) -> tuple[Any, ...]:
@@ -151,6 +156,7 @@ def _program(fast: CompactModel, args: tuple[Any, ...], batch: int | None, forma
     if fixed and batch is None:
         raise ExportError("The model's forward pass has the batch size written into it: export it with batch=1.")
     batched(graph, graph.graph, batch)
+    _own_memory(graph)
     shapes = None
     if batch is None:
         samples = torch.export.Dim("batch", min=1)
@@ -159,8 +165,18 @@ def _program(fast: CompactModel, args: tuple[Any, ...], batch: int | None, forma
         with torch.no_grad():
             return torch.export.export(graph, args, dynamic_shapes=shapes)
     except Exception as error:
-        hint = " Try a fixed number of samples: batch=1." if batch is None else ""
+        hint = " Try a fixed number of samples, such as batch=1." if batch is None else ""
         raise ExportError(f"torch.export cannot trace the compact model: {_first_line(error)}{hint}") from error
+
+
+def _own_memory(module: nn.Module) -> None:
+    """Give every tensor memory of its own: torch.export.save cannot store views into a larger or a smaller one."""
+    copies: dict[int, Tensor] = {}
+    for part in module.modules():
+        for value in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            if id(value) not in copies:
+                copies[id(value)] = value
+                value.data = value.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _write(form: Format, program: torch.export.ExportedProgram, args: tuple[Any, ...], path: str, name: str) -> None:

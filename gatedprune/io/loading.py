@@ -206,4 +206,7 @@ def _inputs(folder: Path, saved: Mapping[str, Any], model: nn.Module) -> tuple[T
         raise CheckpointError(
             f"{folder} was saved from a model with arguments that are no tensors: give `example_inputs`."
         )
-    return tuple(torch.zeros(a["shape"], dtype=getattr(torch, a["dtype"]), device=device) for a in saved["inputs"])
+    # In the type that the model has, which may have been converted after it was wrapped.
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    shapes = [(a["shape"], getattr(torch, a["dtype"])) for a in saved["inputs"]]
+    return tuple(torch.zeros(s, dtype=kind if t.is_floating_point else t, device=device) for s, t in shapes)
