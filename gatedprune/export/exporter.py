@@ -154,7 +154,7 @@ def _program(fast: CompactModel, args: tuple[Any, ...], batch: int | None, forma
     graph = fast.prepare(*args)
     fixed = fast._last.startswith("batch:")
     if fixed and batch is None:
-        raise ExportError("The model's forward pass has the batch size written into it: export it with batch=1.")
+        raise ExportError("The model's forward pass has the batch size written into it: give that number as `batch`.")
     batched(graph, graph.graph, batch)
     _own_memory(graph)
     shapes = None
