@@ -1,0 +1,95 @@
+"""The command: measure, print the table, write JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import gatedprune
+from gatedprune.measure import environment
+
+from .data import load_images, load_labels, load_model
+from .measure import RANKINGS, measure, taylor_gradients, top1
+
+__all__ = ["main", "table"]
+
+_FILE: Any = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def table(dense: float, runs: list[dict[str, Any]]) -> str:
+    """The result as Markdown: a row for each way to choose, a column for each ratio; then R² by site."""
+    rows = [("", *(f"{run['ratio']:g}" for run in runs)), ("---",) * (len(runs) + 1)]
+    rows += [(f"static, {name}", *(f"{run['static'][name]:.1f}" for run in runs)) for name in runs[0]["static"]]
+    rows.append(("dynamic, calibrated", *(f"{run['dynamic']:.1f}" for run in runs)))
+    if "oracle" in runs[0]:
+        rows.append(("dynamic, per-image oracle", *(f"{run['oracle']:.1f}" for run in runs)))
+    rows.append(("MACs left, predictors included", *(f"{run['macs']:.2f}" for run in runs)))
+    for key, title in (("r2_cross_validated", "R², cross-validated"), ("r2_held_out", "R², evaluation images")):
+        if key in next(iter(runs[0]["sites"].values())):
+            rows += [(f"{title}: {site}", *(f"{run['sites'][site][key]:.2f}" for run in runs))
+                     for site in runs[0]["sites"]]  # fmt: skip
+    return "\n".join([f"top-1, from {dense:.1f} dense", "", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--model", default="tf_efficientnet_lite0", help="A timm classifier of the 1,000 ImageNet classes.")
+@click.option("--weights", type=_FILE, help="A state dict (.pth). Default: timm's own weights, downloaded.")
+@click.option("--images", type=_FILE, required=True, help="A tar of images to evaluate on.")
+@click.option("--labels", type=_FILE, required=True, help="CSV with the columns file and class_index.")
+@click.option("--calibration", type=_FILE, required=True, help="A tar of other images to calibrate on; no labels.")
+@click.option(
+    "--ratio",
+    "ratios",
+    type=click.FloatRange(0, 1, max_open=True),
+    multiple=True,
+    default=(0.1, 0.2, 0.3, 0.5),
+    help="Share of suppressed channels; may be given several times.",
+)
+@click.option("--include", multiple=True, help="Gate only sites that fit this pattern; may be given several times.")
+@click.option("--exclude", multiple=True, help="Never gate sites that fit this pattern.")
+@click.option("--signed/--absolute", default=True, help="What gates see: the mean, or the mean absolute value.")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Passes over the calibration images.")
+@click.option(
+    "--ranking",
+    "rankings",
+    type=click.Choice(RANKINGS),
+    multiple=True,
+    default=RANKINGS,
+    help="Static rankings to measure; may be given several times.",
+)
+@click.option("--yardsticks/--no-yardsticks", default=True, help="Also the per-image oracle, and R² on the images.")
+@click.option("--mean", type=float, help="Of the normalisation; default: the model's.")
+@click.option("--std", type=float, help="Of the normalisation; default: the model's.")
+@click.option("--batch", type=click.IntRange(1), default=50, help="Images a forward pass.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the numbers to this file.")
+def main(model: str, weights: Path | None, images: Path, labels: Path, calibration: Path, ratios: tuple[float, ...],
+         include: tuple[str, ...], exclude: tuple[str, ...], signed: bool, rounds: int, rankings: tuple[str, ...],
+         yardsticks: bool, mean: float | None, std: float | None, batch: int, file: Path | None) -> None:  # fmt: skip
+    """Top-1 of dense, static and dynamic pruning without training, at the same number of channels."""
+    try:
+        net = load_model(model, weights).to(memory_format=torch.channels_last)  # a quarter faster on CPUs
+        pictures, names = load_images(images, net, mean, std)
+        truth = load_labels(labels, names)
+        other, _ = load_images(calibration, net, mean, std)
+        gated = gatedprune.wrap(net, ratio=0.0, example_inputs=pictures[:1], include=include, exclude=exclude,
+                                signed=signed)  # fmt: skip
+        if "taylor" in rankings:
+            taylor_gradients(gated, other, batch)
+        dense, runs = top1(gated, pictures, truth, batch), []
+        for ratio in ratios:
+            runs.append(measure(gated, ratio, other, pictures, truth, batch=batch, rounds=rounds, rankings=rankings,
+                                yardsticks=yardsticks))  # fmt: skip
+            if file is not None:  # after each ratio: they take minutes
+                options = {"model": model, "include": include, "exclude": exclude, "signed": signed, "rounds": rounds,
+                           "images": len(pictures), "calibration": len(other)}  # fmt: skip
+                result = {"options": options, "dense": dense, "runs": runs,
+                          "environment": dataclasses.asdict(environment())}  # fmt: skip
+                file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except gatedprune.GatedPruneError as error:
+        raise click.ClickException(str(error)) from error
+    print(table(dense, runs))
