@@ -65,8 +65,10 @@ def importances() -> dict[str, Any]:
     }
 
 
-def measure(gated: Any, ratio: float, calibration: Tensor, images: Tensor, labels: Tensor, *, batch: int = 50,
-            rounds: int = 3, rankings: Sequence[str] = RANKINGS, yardsticks: bool = True) -> dict[str, Any]:  # fmt: skip
+def measure(
+    gated: Any, ratio: float, calibration: Tensor, images: Tensor, labels: Tensor, *, batch: int = 50,
+    rounds: int = 3, rankings: Sequence[str] = RANKINGS, yardsticks: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Top-1 in percent of the ways to choose channels at one ratio.
 
     Args:
