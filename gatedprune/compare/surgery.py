@@ -47,6 +47,7 @@ class Surgeon:
         # Tensors made in inference mode cannot enter autograd; their clones can.
         self.arguments = tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     def __enter__(self) -> Surgeon:
         self._open = _tracing(self.model)
@@ -122,6 +123,34 @@ class Surgeon:
                         f"{dim} should now be {size - lost} ({reason}). "
                         "Exclude the site, or report this with the model's name."
                     )
+
+        self._check_channels(sites, kept)
+
+    def _check_channels(self, sites: Mapping[str, Site], kept: Mapping[str, Tensor]) -> None:
+        """The right number of channels may be the wrong ones: torch-pruning loses track in some views."""
+        stay: dict[tuple[str, int], Tensor] = {}
+        for name, site in sites.items():
+            alive = torch.zeros(site.channels + 1, dtype=torch.bool)
+            alive[kept[name]] = True
+            alive[-1] = True  # index −1: channels that are not of this site
+            for edge in site.edges:
+                mask = alive[edge.units.cpu()]
+                stay[edge.path, edge.dim] = stay.get((edge.path, edge.dim), torch.ones_like(mask)) & mask
+        for path in {path for path, _ in stay}:
+            module, before = self.model.get_submodule(path), self.weights.get(f"{path}.weight")
+            if before is None or getattr(module, "transposed", False):
+                continue
+            grouped = int(getattr(module, "groups", 1)) > 1  # counted within a group in the other dimension
+            for dim in range(1 if grouped else min(before.dim(), 2)):
+                mask = stay.get((path, dim), torch.ones(before.shape[dim], dtype=torch.bool))
+                if len(mask) == before.shape[dim]:
+                    before = before.index_select(dim, mask.nonzero()[:, 0].to(before.device))
+            now = module.get_parameter("weight").detach()
+            if before.shape == now.shape and not torch.equal(before, now):
+                raise ModelError(
+                    f"torch-pruning removed other channels of {path} than those that were asked for. "
+                    "Exclude the site, or report this with the model's name."
+                )
 
     def check_runs(self) -> None:
         """Raise `ModelError` unless the pruned model's forward pass works."""

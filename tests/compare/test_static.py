@@ -273,3 +273,15 @@ def test_missing_torch_pruning_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"pip install 'gatedprune\[compare\]'"):
         prune_static(Joined(), ratio=0.5, example_inputs=torch.randn(1, 3, 8, 8))
+
+
+def test_torch_pruning_that_removes_other_channels_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = Surgeon.remove
+
+    def others(self: Surgeon, site: gatedprune.Site, kept: Tensor) -> None:
+        remove(self, site, (site.channels - 1 - kept).flip(0))
+
+    monkeypatch.setattr(Surgeon, "remove", others)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    with pytest.raises(ModelError, match="removed other channels of"):
+        prune_static(model, keep={"0": range(4)}, example_inputs=torch.zeros(2, 3, 8, 8), by="torch-pruning")
