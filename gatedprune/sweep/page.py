@@ -51,7 +51,8 @@ def _outcomes(row: Record) -> dict[str, list[str]]:
 
 def _late(row: Record) -> bool:
     """Whether the time limit struck."""
-    return bool(_outcomes(row)["no time"]) or row.get("error", "").startswith("no result within")
+    error = row.get("error")
+    return bool(_outcomes(row)["no time"]) if error is None else error.startswith("no result within")
 
 
 def _summary(rows: list[Record], total: int, version: str) -> str:
@@ -76,7 +77,8 @@ def _summary(rows: list[Record], total: int, version: str) -> str:
         f"{smaller} models on smaller ones, where their sites are the same.",
     ]
     if commits:
-        lines += ["", f"Made on {', '.join(f'{commit} ({n} rows)' for commit, n in commits.most_common())}."]
+        made = f"Made on {', '.join(f'{commit} ({n} rows)' for commit, n in commits.most_common())}."
+        lines += ["", made + (" Each row says what the code of its commit did." if len(commits) > 1 else "")]
     return "\n".join(lines) + "\n"
 
 
