@@ -155,11 +155,16 @@ def test_configuration_errors(spec: ModelSpec) -> None:
 
 
 def test_ctrl_c_asks_once_and_interrupts_the_second_time() -> None:
-    with stop_on_interrupt() as stop:
-        assert not stop()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop()
-        with pytest.raises(KeyboardInterrupt):
+    # A shell starts what runs in the background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with stop_on_interrupt() as stop:
+            assert not stop()
             os.kill(os.getpid(), signal.SIGINT)
-            threading.Event().wait(5)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert stop()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                threading.Event().wait(5)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
