@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ..functional import channel_gain, masked_norm, per_row, subsample
 from ..gates import Gate
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu_,
-    "relu6": lambda x: F.hardtanh_(x, 0.0, 6.0),
-    "hardswish": lambda x: F.hardswish(x, inplace=True),
-    "silu": lambda x: F.silu(x, inplace=True),
-    "gelu": F.gelu,
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "gelu": lambda x, inplace=False: F.gelu(x),
 }
 
 __all__ = [
@@ -58,6 +58,12 @@ class Selector(nn.Module):
         self.last_active: Tensor | None = None
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        active, gain = self.choose(x, index)
+        self.last_active = active
+        return active, gain
+
+    def choose(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward` without a memory of what it chose."""
         gate = self.gate
         native = self.native and _fits(x) and gate.weight.dtype is torch.float32
         if self.subsampled:
@@ -76,7 +82,6 @@ class Selector(nn.Module):
             if index is not None:
                 s = s.new_zeros(s.shape[0], gate.in_channels).scatter(1, index, s)
             active, gain, _ = gate.select(s)
-        self.last_active = active
         return active, gain
 
 
@@ -254,7 +259,7 @@ def _follow(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """What a layer takes in: the residual addition and the activation. y may be overwritten."""
     if residual is not None:
         y = y.add_(residual)
-    return ACTIVATIONS[activation](y) if activation else y
+    return ACTIVATIONS[activation](y, inplace=True) if activation else y
 
 
 def gather_rows(

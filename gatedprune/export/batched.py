@@ -22,15 +22,6 @@ from ..functional import per_row, subsample
 
 __all__ = ["batched"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda x: x,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardswish": F.hardswish,
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
-
 
 class _Weights(nn.Module):
     """Gathers (B, k, n, T) weights of each sample: k rows of C_out, n columns of C_in/groups, T taps."""
@@ -75,18 +66,19 @@ class _Follow(nn.Module):
         self.activation, self.subsample = layer.activation, getattr(layer, "subsample", False)
 
     def forward(self, y: Tensor, residual: Tensor | None) -> Any:
-        y = _ACTIVATIONS[self.activation](y if residual is None else y + residual)
+        y = y if residual is None else y + residual
+        y = narrow.ACTIVATIONS[self.activation](y) if self.activation else y
         return (y, subsample(y)) if self.subsample else y
 
 
-class Conv2d(nn.Module):
-    """`narrow.NarrowConv2d`; ``batch``: how many samples, None where that varies."""
+class _Layer(nn.Module):
+    """A layer's weights, gathered for each sample where it has active rows or columns, and what follows it."""
 
-    def __init__(self, layer: narrow.NarrowConv2d, rows: bool, columns: bool, batch: int | None) -> None:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: narrow.NarrowConv2d | narrow.NarrowLinear, rows: bool, columns: bool) -> None:
         super().__init__()
-        self.batch, self.kernel_size, self.dilation = batch, layer.kernel_size, layer.dilation
-        self.stride, self.groups, self.whole_groups = layer.stride, layer.groups, layer.whole_groups
-        self.group_width = layer.weight.shape[1]
         self.plain = not (rows or columns)
         if self.plain:
             self.register_buffer("weight", layer.weight)
@@ -94,6 +86,16 @@ class Conv2d(nn.Module):
         else:
             self.weights = _Weights(layer.weight, layer.bias, rows, columns)
         self.follow = _Follow(layer)
+
+
+class Conv2d(_Layer):
+    """`narrow.NarrowConv2d`; ``batch``: how many samples, None where that varies."""
+
+    def __init__(self, layer: narrow.NarrowConv2d, rows: bool, columns: bool, batch: int | None) -> None:
+        super().__init__(layer, rows, columns)
+        self.batch, self.kernel_size, self.dilation = batch, layer.kernel_size, layer.dilation
+        self.stride, self.groups, self.whole_groups = layer.stride, layer.groups, layer.whole_groups
+        self.group_width = layer.weight.shape[1]
         # (left, right, top, bottom): "same" may need more on one side
         if isinstance(layer.padding, str):
             total = [
@@ -157,18 +159,8 @@ class Conv2d(nn.Module):
         return y if bias is None else y + bias[:, :, None, None]
 
 
-class Linear(nn.Module):
+class Linear(_Layer):
     """`narrow.NarrowLinear`: a batched matrix product. x: (B·r, …, n), each sample's r rows together."""
-
-    def __init__(self, layer: narrow.NarrowLinear, rows: bool, columns: bool) -> None:
-        super().__init__()
-        self.plain = not (rows or columns)
-        if self.plain:
-            self.register_buffer("weight", layer.weight)
-            self.register_buffer("bias", layer.bias)
-        else:
-            self.weights = _Weights(layer.weight, layer.bias, rows, columns)
-        self.follow = _Follow(layer)
 
     def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
                 gain: Tensor | None = None, residual: Tensor | None = None) -> Any:  # fmt: skip
@@ -208,16 +200,10 @@ class Selector(nn.Module):
 
     def __init__(self, layer: narrow.Selector) -> None:
         super().__init__()
-        self.gate, self.subsampled, self.shared = layer.gate, layer.subsampled, layer.shared
+        self.layer = layer
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        s = x if self.subsampled else subsample(x, self.gate.channel_dim)
-        if self.shared:
-            s = s.mean(0, keepdim=True)
-        if index is not None:
-            s = s.new_zeros(s.shape[0], self.gate.in_channels).scatter(1, index, s)
-        active, gain, _ = self.gate.select(s)
-        return active, gain
+        return self.layer.choose(x, index)
 
 
 class GroupNorm(nn.Module):

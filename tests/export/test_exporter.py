@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "resnet": ("test_resnet", {}, {}),
     "stream": ("test_resnet", {}, {"stream": True, "boost": False}),
     "efficientnet": ("test_efficientnet", {}, {}),
+    "signed": ("test_efficientnet", {}, {"signed": True}),
     "group norm": ("test_efficientnet_gn", {}, {"round_to": 8}),
     "convnext": ("test_convnext", {}, {}),
     "vit": ("test_vit", {"img_size": SIZE}, {}),
