@@ -114,7 +114,7 @@ class Conv2d(_Layer):
         groups = x.shape[1] // self.group_width if self.whole_groups else self.groups
         if self.plain:
             padded = F.pad(x, self.before) if self.before else x
-            y = F.conv2d(padded, self.weight, self.bias, self.stride, self.padding, self.dilation, groups)  # type: ignore[arg-type]
+            y = F.conv2d(padded, self.weight, self.bias, self.stride, self.padding, self.dilation, groups)
             return self.follow(y, residual)
         w, bias = self.weights(None if self.whole_groups else in_index, out_index, gain)
         if w.shape[0] == 1 or isinstance(self.batch, int):
@@ -165,7 +165,7 @@ class Linear(_Layer):
     def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
                 gain: Tensor | None = None, residual: Tensor | None = None) -> Any:  # fmt: skip
         if self.plain:
-            return self.follow(F.linear(x, self.weight, self.bias), residual)  # type: ignore[arg-type]
+            return self.follow(F.linear(x, self.weight, self.bias), residual)
         w, bias = self.weights(in_index, out_index, gain)
         w = w.squeeze(3)
         if w.shape[0] == 1:
