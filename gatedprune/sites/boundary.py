@@ -17,13 +17,14 @@ class Boundaries:
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
-        self._inside: dict[str, set[fx.Node]] = defaultdict(set)
+        self._inside: dict[str, dict[fx.Node, None]] = defaultdict(dict)
+        self._entering: dict[str, list[fx.Node]] = {}
         self._calls: dict[str, set[str]] = defaultdict(set)
         self._paths: dict[fx.Node, list[str]] = {}
         for node in flow.graph_module.graph.nodes:
             self._paths[node] = module_path(node)
             for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
-                self._inside[path].add(node)
+                self._inside[path][node] = None
                 self._calls[path].add(key)
 
     def innermost(self, node: fx.Node) -> str:
@@ -41,23 +42,19 @@ class Boundaries:
 
     def inputs(self, path: str) -> list[fx.Node]:
         """The labelled values that enter the module's call, in order of use."""
-        inside = self._inside[path]
-        found: dict[fx.Node, None] = {}
-        for node in self.flow.graph_module.graph.nodes:
-            if node in inside:
-                for arg in node.all_input_nodes:
-                    if arg not in inside and isinstance(self.flow.values.get(arg), (Tensor, tuple)):
-                        found[arg] = None
-        return list(found)
+        if path not in self._entering:
+            inside = self._inside[path]
+            outer = (arg for node in inside for arg in node.all_input_nodes if arg not in inside)
+            self._entering[path] = list(dict.fromkeys(a for a in outer if self._labelled(a)))
+        return self._entering[path]
+
+    def _labelled(self, node: fx.Node) -> bool:
+        return isinstance(self.flow.values.get(node), (Tensor, tuple))
 
     def outputs(self, path: str) -> list[fx.Node]:
         """The labelled values that leave the module's call."""
         inside = self._inside[path]
-        return [
-            n
-            for n in inside
-            if any(u not in inside for u in n.users) and isinstance(self.flow.values.get(n), (Tensor, tuple))
-        ]
+        return [n for n in inside if any(u not in inside for u in n.users) and self._labelled(n)]
 
     def input_hook(self, node: fx.Node) -> tuple[str, fx.Node] | None:
         """The innermost module around ``node`` that is called once on a single value: its path and that value."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from .boundary import Boundaries
 from .capture import capture, normalise_inputs, two_samples
 from .costs import layer_costs
 from .flow import Flow, trace_flow
-from .labels import Const, Use, compress
+from .labels import Const, Use, compress, distinct
 from .norms import NORMS, norm_at, past_movement
 from .site import Attach, Edge, NormAt, Site, SiteReport, identity_units
 
@@ -75,7 +76,8 @@ def find_sites(model: nn.Module, example_inputs: Any = None, *, stream: bool = F
 
 def analyse(name: str, graph_module: fx.GraphModule, *, stream: bool = False) -> Analysis:
     """Sites of a captured graph (see `capture`); ``name`` heads the report."""
-    return _Discovery(trace_flow(graph_module), stream).run(name)
+    with torch.device("cpu"):  # labels are numbers to compute with, whatever the default device
+        return _Discovery(trace_flow(graph_module), stream).run(name)
 
 
 class _Discovery:
@@ -86,26 +88,27 @@ class _Discovery:
         self.boundaries = Boundaries(flow)
         self.order = {node: i for i, node in enumerate(flow.graph_module.graph.nodes)}
         self.pinned = flow.units.pinned()
-        self.joined = {int(r) for join in flow.joins for r in flow.units.find(join.labels)}
+        self.joined = {r for join in flow.joins for r in flow.units.find(join.labels).tolist()}
         self.skipped: dict[str, str] = {}
-        self.roots_of: dict[fx.Node, set[int]] = {}
-        self.index: dict[int, tuple[list[np.ndarray], dict[int, list[int]]]] = {}
-        self.heads = {int(r) for use in flow.mixers for r in np.unique(flow.units.find(use.labels))}
+        kinds = (flow.producers, flow.carriers, flow.consumers, flow.mixers, flow.norms)
+        self.kinds = {id(uses): kind for kind, uses in enumerate(kinds)}
+        self.found = [[flow.units.find(use.labels) for use in uses] for uses in kinds]
+        self.signatures = self._signatures()
+        self.heads = {r for use in flow.mixers for r in distinct(flow.units.find(use.labels)).tolist()}
         self.total = sum(flow.macs.values())
 
     def run(self, name: str) -> Analysis:
         flow = self.flow
-        signatures = self._signatures()
         grouped: dict[tuple, list[int]] = defaultdict(list)
         for i, use in enumerate(flow.producers):
             roots = dict.fromkeys(flow.units.find(use.labels).tolist())
-            first = [r for r in roots if signatures[r][0][:2] == (0, i)]
+            first = [r for r in roots if self.signatures[r][0][:2] == (0, i)]
             free = [r for r in first if r not in self.pinned]
             for root in free:
-                grouped[(i, tuple(signatures[root]), root in self.joined)].append(root)
+                grouped[(i, tuple(self.signatures[root]), root in self.joined)].append(root)
             if first and not free:
                 self._skip(use.node, self.pinned[first[0]])
-        self.readers: set[int] = {int(r) for use in flow.consumers for r in flow.units.find(use.labels)}
+        self.readers: set[int] = {r for use in flow.consumers for r in flow.units.find(use.labels).tolist()}
         sites: dict[str, SiteNodes] = {}
         for (i, _, joined), members in sorted(grouped.items(), key=lambda item: (item[0][0], item[1][0])):
             node = flow.producers[i].node
@@ -130,12 +133,12 @@ class _Discovery:
         tensor keeps the same number of channels for every sample.
         """
         out: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-        flow = self.flow
-        for kind, uses in enumerate((flow.producers, flow.carriers, flow.consumers, flow.mixers, flow.norms)):
-            for i, use in enumerate(uses):
-                roots, counts = np.unique(flow.units.find(use.labels), return_counts=True)
+        for kind, uses in enumerate(self.found):
+            for i, labels in enumerate(uses):
+                roots, counts = np.unique(labels, return_counts=True)
+                entries = {count: (kind, i, count) for count in distinct(counts).tolist()}
                 for root, count in zip(roots.tolist(), counts.tolist(), strict=True):
-                    out[root].append((kind, i, count))
+                    out[root].append(entries[count])
         return out
 
     def _skip(self, node: fx.Node, reason: str) -> None:
@@ -143,16 +146,10 @@ class _Discovery:
 
     def _uses(self, uses: list[Use], roots: np.ndarray) -> list[tuple[Use, np.ndarray]]:
         """The uses that touch the site, each with its channel → unit map."""
-        if id(uses) not in self.index:  # one pass over the graph's uses, then a look-up for each site
-            found = [self.flow.units.find(use.labels) for use in uses]
-            touching: dict[int, list[int]] = defaultdict(list)
-            for i, labels in enumerate(found):
-                for root in np.unique(labels).tolist():
-                    touching[root].append(i)
-            self.index[id(uses)] = (found, touching)
-        found, touching = self.index[id(uses)]
-        hits = sorted({i for root in roots.tolist() for i in touching.get(root, ())})
-        return [(uses[i], self._units(found[i], roots)) for i in hits]
+        kind = self.kinds[id(uses)]
+        # What touches one unit of a site touches all of them (see `_signatures`).
+        hits = [i for k, i, _ in self.signatures[int(roots[0])] if k == kind]
+        return [(uses[i], self._units(self.found[kind][i], roots)) for i in hits]
 
     def _units(self, found: np.ndarray, roots: np.ndarray) -> np.ndarray:
         """Position in ``roots`` of each representative; −1 where it is none of them."""
@@ -313,18 +310,24 @@ class _Discovery:
         units = self._units(small.reshape(-1), roots)
         return dims[0], None if identity_units(units, len(roots)) else torch.from_numpy(units)
 
-    def _touches(self, node: fx.Node, roots: set[int]) -> bool:
-        labels = self.flow.labelled(node)
-        return labels is not None and not roots.isdisjoint(self._roots_of(node, labels))
+    @cached_property
+    def _held(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every pair of a representative and a node (its position in the graph) whose value holds its channels."""
+        labels = [(i, self.flow.labelled(node)) for node, i in self.order.items()]
+        held = [(i, distinct(self.flow.units.find(compress(x)))) for i, x in labels if x is not None]
+        return np.concatenate([x for _, x in held]), np.repeat([i for i, _ in held], [len(x) for _, x in held])
 
-    def _roots_of(self, node: fx.Node, labels: Tensor) -> set[int]:
-        if node not in self.roots_of:
-            self.roots_of[node] = set(np.unique(self.flow.units.find(compress(labels))).tolist())
-        return self.roots_of[node]
+    def _holding(self, roots: np.ndarray) -> set[fx.Node]:
+        """The nodes whose values hold channels of these units."""
+        held, at = self._held
+        member = np.zeros(max(int(held.max()), int(roots.max())) + 2, dtype=bool)
+        member[roots] = True
+        holding = set(distinct(at[member[held]]).tolist())
+        return {node for node, i in self.order.items() if i in holding}
 
     def _masks(self, producer: fx.Node, gain: fx.Node, roots: np.ndarray, joined: bool) -> tuple[frozenset, tuple]:
         """Where suppressed channels must be silenced again, because something between has woken them."""
-        members, zero = set(roots.tolist()), {gain}
+        holding, zero = self._holding(roots), {gain}
         reading = {u.node for u, _ in self._uses(self.flow.consumers, roots)}
         adding = {j.node for j in self.flow.joins} if joined else set()
         unsafe: dict[fx.Node, None] = {}
@@ -332,14 +335,14 @@ class _Discovery:
         for node in self.flow.graph_module.graph.nodes:
             if self.order[node] <= self.order[gain] or node.op != "call_function":
                 continue
-            inputs = [a for a in node.all_input_nodes if self._touches(a, members)]
+            inputs = [a for a in node.all_input_nodes if a in holding]
             for value in inputs if node in reading or node in adding else ():
                 if value in zero:
                     continue
                 unsafe[node] = None
                 for place in self._silence(node, value, roots):
                     masks[place.path, place.side] = place
-            if inputs and self._touches(node, members) and self._stays_zero(node, inputs, zero):
+            if inputs and node in holding and self._stays_zero(node, inputs, zero):
                 zero.add(node)
         return frozenset(unsafe), tuple(masks.values())
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-__all__ = ["WILD", "Const", "Join", "Units", "Use", "compress", "rebroadcast"]
+__all__ = ["WILD", "Const", "Join", "Units", "Use", "compress", "distinct", "number_pairs", "rebroadcast"]
 
 WILD = -1  # an element that belongs to no unit and constrains none (padding, a class token)
 
@@ -59,33 +59,59 @@ def compress(labels: Tensor) -> Tensor:
     return labels[index] if labels.dim() else labels
 
 
+def distinct(labels: np.ndarray) -> np.ndarray:
+    """The labels that occur, ascending, each once: `numpy.unique` in one pass, as labels are small numbers."""
+    if labels.size < 1024:
+        return np.unique(labels)
+    seen = np.zeros(int(labels.max()) + 2, dtype=bool)
+    seen[labels] = True  # the last entry is WILD's: index -1
+    found = np.flatnonzero(seen[:-1])
+    return np.concatenate([[WILD], found]) if seen[-1] else found
+
+
+def number_pairs(a: np.ndarray, b: np.ndarray) -> tuple[int, np.ndarray]:
+    """How many different pairs two arrays of labels of one shape hold, and each place's pair by its rank.
+
+    A map repeats itself: equal slices that follow one another are looked at once.
+    """
+    codes = (a + 1) * (int(b.max()) + 2) + b + 1
+    places = []
+    for d, size in enumerate(codes.shape):
+        others = tuple(o for o in range(codes.ndim) if o != d)
+        starts = np.flatnonzero(np.concatenate([[True], (np.diff(codes, axis=d) != 0).any(others)]))
+        codes = codes.take(starts, d)
+        places.append(np.repeat(np.arange(len(starts)), np.diff([*starts, size])))
+    found, ranks = np.unique(codes, return_inverse=True)
+    return len(found), ranks.reshape(codes.shape)[np.ix_(*places)]
+
+
 class Units:
     """A union-find over labels, vectorised; and what is known of each set (why it is pinned, whether it is added)."""
 
     def __init__(self) -> None:
-        self._parent = np.arange(1024)
+        self._parent = np.append(np.arange(1023), WILD)  # WILD, as index -1, is its own parent
         self._size = 0
+        self._flat = True  # whether every parent is a representative
         self._pins: list[tuple[np.ndarray, str]] = []
 
     def fresh(self, count: int) -> Tensor:
         """``count`` new labels, (count,)."""
         first, self._size = self._size, self._size + count
-        while self._size > len(self._parent):
+        while self._size >= len(self._parent):
             grown = np.arange(2 * len(self._parent))
-            grown[: len(self._parent)] = self._parent
+            grown[: len(self._parent) - 1] = self._parent[:-1]
+            grown[-1] = WILD
             self._parent = grown
         return torch.arange(first, self._size)
 
     def find(self, labels: Tensor | np.ndarray) -> np.ndarray:
         """The representative of each label; `WILD` stays `WILD`."""
-        x = labels.numpy() if isinstance(labels, Tensor) else labels
-        roots = np.where(x < 0, 0, x)
-        while True:
-            up = self._parent[roots]
-            if np.array_equal(up, roots):
-                break
-            roots = up
-        return np.where(x < 0, WILD, roots)
+        known = self._parent[: self._size]
+        while not self._flat:
+            up = known[known]
+            self._flat = np.array_equal(up, known)
+            known[:] = up
+        return self._parent[labels.numpy() if isinstance(labels, Tensor) else labels]
 
     def union(self, a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> None:
         """Unite label by label; wild ones are left out."""
@@ -94,6 +120,7 @@ class Units:
         ra, rb = ra[keep], rb[keep]
         while ra.size:
             np.minimum.at(self._parent, np.maximum(ra, rb), np.minimum(ra, rb))
+            self._flat = False
             # Linking may have dropped an edge whose root another edge claimed first: go on until all agree.
             na, nb = self.find(ra), self.find(rb)
             differ = na != nb
@@ -101,16 +128,15 @@ class Units:
 
     def pin(self, labels: Tensor | np.ndarray, reason: str) -> None:
         """These units must stay whole, for that reason."""
-        x = labels.numpy() if isinstance(labels, Tensor) else labels
-        x = np.unique(x)
+        x = distinct(labels.numpy() if isinstance(labels, Tensor) else labels)
         self._pins.append((x[x != WILD], reason))
 
     def pinned(self) -> dict[int, str]:
         """Representative → the first reason why its set is pinned."""
         out: dict[int, str] = {}
         for labels, reason in self._pins:
-            for root in self.find(labels):
-                out.setdefault(int(root), reason)
+            for root in distinct(self.find(labels)).tolist():
+                out.setdefault(root, reason)
         return out
 
     def varying(self, labels: Tensor) -> np.ndarray:
@@ -144,8 +170,8 @@ class Units:
         rows = self.find(small.movedim(dim, 0).reshape(labels.shape[dim], -1))
         if rows.shape[1] > 1:
             first = rows.max(axis=1)  # WILD is below every label
-            pairs = np.unique(np.stack([np.broadcast_to(first[:, None], rows.shape).ravel(), rows.ravel()]), axis=1)
-            self.union(pairs[0], pairs[1])
+            at, place = np.nonzero((rows != first[:, None]) & (rows != WILD))
+            self.union(first[at], rows[at, place])
             return self.find(first)
         return rows[:, 0]
 

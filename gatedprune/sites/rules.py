@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .capture import concrete
-from .labels import WILD, Const, Join, Use, compress, rebroadcast
+from .labels import WILD, Const, Join, Use, compress, distinct, number_pairs, rebroadcast
 from .operators import BINARY, ELEMENTWISE, MOVEMENT, OVER_DIM, REDUCTION, SPATIAL, op_name
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _pair(flow: Flow, node: fx.Node, a: Tensor, b: Tensor, joins: bool) -> Tenso
     ra, rb = flow.units.find(ca), flow.units.find(cb)
     if np.array_equal(ra, rb):
         return ca.expand(shape)
-    permuted = set(ra.ravel().tolist()) == set(rb.ravel().tolist())  # x·cos + rotated(x)·sin, not a residual addition
+    permuted = np.array_equal(distinct(ra), distinct(rb))  # x·cos + rotated(x)·sin, not a residual addition
     if not joins or permuted:
         flow.units.union(ra, rb)
         return torch.from_numpy(np.where(ra == WILD, rb, ra)).expand(shape)
@@ -133,11 +133,11 @@ def _pair(flow: Flow, node: fx.Node, a: Tensor, b: Tensor, joins: bool) -> Tenso
 
 def _join(flow: Flow, node: fx.Node, ra: np.ndarray, rb: np.ndarray) -> Tensor:
     """An addition of two different sets of units: the sum is a stream of new units that nobody may narrow."""
-    flow.joins.append(Join(node, np.unique(np.concatenate([ra.ravel(), rb.ravel()]))))
-    pairs, where = np.unique(np.stack([ra.ravel(), rb.ravel()]), axis=1, return_inverse=True)
-    fresh = flow.units.fresh(pairs.shape[1])
+    flow.joins.append(Join(node, distinct(np.concatenate([ra.ravel(), rb.ravel()]))))
+    count, where = number_pairs(ra, rb)
+    fresh = flow.units.fresh(count)
     flow.units.pin(fresh, "its channels are multiplied with those of the residual stream")
-    return fresh[torch.from_numpy(where.reshape(-1))].view(ra.shape)
+    return fresh[torch.from_numpy(where)]
 
 
 def _move(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:

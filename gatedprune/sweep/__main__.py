@@ -11,10 +11,9 @@ from typing import Any
 import click
 import timm
 import torch
-import torch._dynamo  # what tracing needs, imported once for all the processes to come
 
 from .catalogue import Entry, catalogue, smallest
-from .jobs import architecture_job, family_job
+from .jobs import architecture_job, family_job, warm_up
 from .page import families_page
 from .runner import Job, Record, Table, run_all
 
@@ -98,6 +97,7 @@ def _sweep(name: str, job: Job, choose: Callable[[list[Entry]], list[Entry]], *,
     if failed:
         rows, again = table.rows(), True
         chosen = [e for e in chosen if e.model in rows and not _succeeded(rows[e.model])]
+    warm_up()
     count = run_all(job, chosen, table, seconds=seconds, facts=_versions(), again=again, report=_say)
     click.echo(f"{count} run, {len(chosen) - count} of {len(chosen)} were done before; rows in {table.path}")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["LARGEST_INPUT", "Entry", "build", "catalogue", "images_for", "smallest"]
+__all__ = ["LARGEST_INPUT", "Entry", "Sized", "build", "catalogue", "sized", "smallest"]
 
 LARGEST_INPUT = 256  # pixels: larger images show nothing else, and take long
 
@@ -62,27 +62,32 @@ def smallest(entries: list[Entry]) -> list[Entry]:
     return list(first.values())
 
 
-def images_for(name: str, largest: int = LARGEST_INPUT) -> tuple[dict[str, Any], tuple[int, int, int]]:
-    """Options and image shape (C, H, W) to build and run a model with: at most ``largest`` pixels where it can.
+@dataclass(frozen=True)
+class Sized:
+    """A model on the meta device, the ``options`` that it was built with and the image shape (C, H, W) for it."""
+
+    model: nn.Module
+    options: dict[str, Any]
+    shape: tuple[int, int, int]
+
+
+def sized(name: str, largest: int = LARGEST_INPUT) -> Sized:
+    """A model for images of at most ``largest`` pixels where it can.
 
     Tried on the meta device: as it is, then with timm's ``img_size``; a model that takes neither keeps its size.
     """
     model = build(name)
     configured: tuple[int, int, int] = tuple(model.pretrained_cfg["input_size"])  # type: ignore[index]
     if max(configured[1:]) <= largest:
-        return {}, configured
+        return Sized(model, {}, configured)
     for size in [largest, *(largest // patch * patch for patch in (28, 48) if largest % patch)]:
         shape = (configured[0], size, size)
         for options in ({}, {"img_size": size}):
-            if _runs(name, options, torch.zeros(2, *shape, device="meta")):
-                return options, shape
-    return {}, configured
-
-
-def _runs(name: str, options: dict[str, Any], images: Tensor) -> bool:
-    try:
-        with torch.no_grad():
-            build(name, **options)(images)
-    except Exception:  # noqa: BLE001  whatever a model says of a size that it does not take
-        return False
-    return True
+            try:
+                found = Sized(build(name, "meta", **options) if options else model, options, shape)
+                with torch.no_grad():
+                    found.model(torch.zeros(2, *shape, device="meta"))
+            except Exception:  # noqa: BLE001  whatever a model says of a size that it does not take
+                continue
+            return found
+    return Sized(build(name), {}, configured)

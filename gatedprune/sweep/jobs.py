@@ -8,13 +8,14 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..sites import SiteReport, find_sites
 from ..testing import CHECKS, Case
-from .catalogue import Entry, build, images_for
+from .catalogue import Entry, Sized, build, sized
 from .runner import Record, Tell
 
-__all__ = ["LARGE_MACS", "LEFT_OUT", "architecture_job", "family_job"]
+__all__ = ["LARGE_MACS", "LEFT_OUT", "architecture_job", "family_job", "warm_up"]
 
 # Dense MACs per sample above which checks that run in float64 or train are left out: minutes each on two cores.
 LARGE_MACS = 1_500_000_000
@@ -32,29 +33,31 @@ def architecture_job(entry: Entry, tell: Tell) -> None:
     """`find_sites` on the meta device; on real zeros where a model cannot be traced there."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    options, shape = images_for(entry.model)
-    tell({"input": shape[-1]})
+    small = sized(entry.model)
+    tell({"input": small.shape[-1]})
     try:
-        report, device = find_sites(build(entry.model, **options), torch.zeros(2, *shape, device="meta")), "meta"
+        report, device = _sites(small), "meta"
     except Exception:  # noqa: BLE001  tried again for real; what is wrong then is told
-        report, device = find_sites(build(entry.model, "cpu", **options), torch.zeros(2, *shape)), "cpu"
+        report = find_sites(build(entry.model, "cpu", **small.options), torch.zeros(2, *small.shape))
+        device = "cpu"
     tell({**describe(report), "device": device})
 
 
 def family_job(entry: Entry, tell: Tell) -> None:
     """The contract suite at ratio 0.5, each check's outcome told as soon as it is known."""
     warnings.simplefilter("ignore")
-    options, shape = images_for(entry.model)
-    tell({"input": shape[-1]})
-    report = find_sites(build(entry.model, **options), torch.zeros(2, *shape, device="meta"))
+    small = sized(entry.model)
+    tell({"input": small.shape[-1]})
+    report = _sites(small)
     tell(describe(report))
     if not len(report):
         return
-    if shape[-1] > CHECKED_INPUT:
-        options, shape, report = _smaller(entry, options, shape, report)
-    tell({"checked_input": shape[-1], "checked_left": round(report.macs_left(0.5) / report.macs, 4)})
+    if small.shape[-1] > CHECKED_INPUT:
+        small, report = _smaller(entry, small, report)
+    tell({"checked_input": small.shape[-1], "checked_left": round(report.macs_left(0.5) / report.macs, 4)})
     large = report.macs > LARGE_MACS
-    case = Case(lambda: build(entry.model, "cpu", **options), size=shape[-1], name=entry.model,
+    options, pixels = small.options, small.shape[-1]
+    case = Case(lambda: build(entry.model, "cpu", **options), size=pixels, name=entry.model,
                 oracle="columns" if large else "auto")  # fmt: skip
     chosen = [name for name in _ORDER if name in CHECKS] + [name for name in CHECKS if name not in _ORDER]
     outcomes: dict[str, Record] = {
@@ -67,15 +70,25 @@ def family_job(entry: Entry, tell: Tell) -> None:
     tell({"checks": outcomes})
 
 
-def _smaller(entry: Entry, options: Record, shape: tuple[int, int, int], report: SiteReport) -> tuple:
-    """Options, shape and report for images of at most `CHECKED_INPUT` pixels, if the model has the same sites there."""
+def warm_up() -> None:
+    """Trace something, so that what torch imports for that is there before a process is forked for each model."""
+    layers = nn.Conv2d(3, 4, 1, device="meta"), nn.Conv2d(4, 4, 1, device="meta")
+    find_sites(nn.Sequential(*layers), torch.zeros(2, 3, 4, 4, device="meta"))
+
+
+def _sites(small: Sized) -> SiteReport:
+    return find_sites(small.model, torch.zeros(2, *small.shape, device="meta"))
+
+
+def _smaller(entry: Entry, small: Sized, report: SiteReport) -> tuple[Sized, SiteReport]:
+    """Model and report for images of at most `CHECKED_INPUT` pixels, if the model has the same sites there."""
     try:
-        small_options, small = images_for(entry.model, CHECKED_INPUT)
-        found = find_sites(build(entry.model, **small_options), torch.zeros(2, *small, device="meta"))
+        smaller = sized(entry.model, CHECKED_INPUT)
+        found = _sites(smaller)
     except Exception:  # noqa: BLE001  then not
-        return options, shape, report
+        return small, report
     alike = [(s.name, s.channels) for s in found] == [(s.name, s.channels) for s in report]
-    return (small_options, small, found) if alike else (options, shape, report)
+    return (smaller, found) if alike else (small, report)
 
 
 def _checked(name: str, case: Case) -> Record:

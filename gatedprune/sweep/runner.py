@@ -57,7 +57,8 @@ class Table:
 
 def run_one(job: Job, item: Any, seconds: float) -> Record:
     """Do ``job(item, tell)`` in a process of its own: what it told, ``seconds`` and, where it failed, ``error``."""
-    # Forked, so that importing torch is paid once. The parent runs no operator, hence has no thread pool to lose.
+    # Forked, so that importing torch is paid once. The parent runs only operators on
+    # the meta device and on a handful of numbers, hence has no thread pool to lose.
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     begun = time.monotonic()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gatedprune.sites.labels import WILD, Units, compress
+from gatedprune.sites.labels import WILD, Units, compress, distinct, number_pairs
 
 SIZE = 24
 LABEL = st.integers(-1, SIZE - 1)
@@ -65,6 +66,32 @@ def test_the_first_reason_stays() -> None:
     ours.pin(np.array([3]), "first")
     ours.pin(np.array([3, 4]), "second")
     assert ours.pinned() == {3: "first", 4: "second"}
+
+
+@pytest.mark.parametrize("size", [1022, 1023, 1024, 3000])
+def test_wild_stays_wild_however_many_labels_there_are(size: int) -> None:
+    ours = Units()
+    ours.fresh(size)
+    assert ours.find(np.array([WILD, size - 1])).tolist() == [WILD, size - 1]
+
+
+@pytest.mark.parametrize("size", [7, 5000])
+@pytest.mark.parametrize("lowest", [WILD, 0, 40])
+def test_distinct_labels_are_numpy_unique(size: int, lowest: int) -> None:
+    labels = np.random.default_rng(size).integers(lowest, 50, (size, 2))
+    assert np.array_equal(distinct(labels), np.unique(labels))
+
+
+@given(st.lists(st.tuples(LABEL, LABEL), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 3))
+def test_pairs_are_numbered_as_sorted(columns: list[tuple[int, int]], first: int, then: int) -> None:
+    """Against numpy's unique, on maps of which parts repeat and parts do not."""
+    a, b = np.array(columns).T
+    a = np.concatenate([np.tile(a, (first, 1)), np.tile(a[::-1], (then, 1))])[None]
+    b = np.broadcast_to(b, a.shape)
+    found, ranks = np.unique(np.stack([a.ravel(), b.ravel()]), axis=1, return_inverse=True)
+    count, ours = number_pairs(a, b)
+    assert count == found.shape[1]
+    assert np.array_equal(ours, ranks.reshape(a.shape))
 
 
 def test_many_labels() -> None:

@@ -57,6 +57,12 @@ def test_shares_add_up() -> None:
     assert all(site.share == site.macs / report.macs for site in report)
 
 
+def test_the_default_device_does_not_matter(report: SiteReport) -> None:
+    with torch.device("meta"):
+        found = find_sites(timm.create_model("test_resnet"), torch.zeros(2, 3, 64, 64), stream=True)
+    assert str(found) == str(report)
+
+
 def test_stream_sites_come_on_demand(report: SiteReport) -> None:
     inner = find_sites(timm.create_model("test_resnet"), torch.zeros(2, 3, 64, 64))
     assert {s.kind for s in inner} == {"inner"}

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from gatedprune.sweep import Entry, Table, architecture_job, catalogue, family_job, jobs, smallest
 from gatedprune.sweep.__main__ import main
-from gatedprune.sweep.catalogue import build, images_for
+from gatedprune.sweep.catalogue import build, sized
 from gatedprune.testing import CHECKS, Case
 
 
@@ -50,7 +50,9 @@ def test_a_catalogue_of_another_timm_is_made_anew(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_images_are_small_where_the_model_allows(model: str, options: dict, shape: tuple[int, ...]) -> None:
-    assert images_for(model) == (options, shape)
+    found = sized(model)
+    assert (found.options, found.shape) == (options, shape)
+    assert {p.device.type for p in found.model.parameters()} == {"meta"}
 
 
 def test_an_architecture_is_looked_at_without_weights() -> None:
