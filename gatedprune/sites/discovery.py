@@ -31,7 +31,8 @@ class SiteNodes:
         site: The site.
         roots: Its units' representatives, in unit order.
         producer: Node of the first producer. gate_input: The value that the gate sees. gains: The values that the gain
-            multiplies: one for each branch. unsafe: Consumers (and joins) whose input holds suppressed channels that are not zero.
+            multiplies, one for each branch. unsafe: Consumers (and joins) whose input holds suppressed channels that
+            are not zero.
     """
 
     site: Site

@@ -54,9 +54,8 @@ def merges(flow: Flow) -> list[set[fx.Node]]:
     for join, (left, right, _) in zip(flow.joins, strands.sides, strict=True):
         group = together.find(left[0]) if left else -1
         groups[group].add(join.node)
-        if not left or not right or op_name(join.node.target) not in ("add", "sub", "rsub"):
-            residual.add(group)
-        elif strands.computed_from(left, right) or strands.computed_from(right, left):
+        adds = left and right and op_name(join.node.target) in ("add", "sub", "rsub")
+        if not adds or strands.computed_from(left, right) or strands.computed_from(right, left):
             residual.add(group)
     return [nodes for group, nodes in groups.items() if group not in residual]
 
