@@ -93,7 +93,7 @@ def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(tmp_path)
     result = run("inspect", "own_models:small", "--size", "64", "--json")
     assert result.exit_code == 0, result.output
-    assert len(json.loads(result.output)["sites"]) == 7
+    assert len(json.loads(result.output)["sites"]) == 10
 
 
 def test_a_model_without_sites_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_export_says_what_is_wrong(saved: Path, tmp_path: Path) -> None:
 def test_other_commands_take_a_saved_folder(saved: Path) -> None:
     result = run("inspect", str(saved), "--size", "64", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output)["model"] == "ResNet" and len(json.loads(result.output)["sites"]) == 7
+    assert json.loads(result.output)["model"] == "ResNet" and len(json.loads(result.output)["sites"]) == 10
     pytest.importorskip("torch_pruning", reason="needs the extra compare")
     result = run("compare", str(saved), "--size", "64", "--repeats", "1", "--json", "-")
     assert result.exit_code == 0, result.output

@@ -62,11 +62,12 @@ class Lowering:
         self.selected: dict[str, tuple[fx.Node, fx.Node]] = {}
         self.indices: dict[tuple, fx.Node] = {}
         self.folded: dict[fx.Node, fx.Node] = {}
-        self.gained: set[str] = set()
+        self.gained: set[tuple[fx.Node, str]] = set()
         self.order = {n: i for i, n in enumerate(self.flow.graph_module.graph.nodes)}
         self.gain_at: dict[fx.Node, list[str]] = {}
         for name, found in self.sites.items():
-            self.gain_at.setdefault(found.gain, []).append(name)
+            for gain in found.gains:
+                self.gain_at.setdefault(gain, []).append(name)
 
     def run(self) -> None:
         source = self.flow.graph_module.graph
@@ -241,10 +242,10 @@ class Lowering:
 
     def _apply_gain(self, node: fx.Node, value: fx.Node) -> fx.Node:
         """Multiply the gain of the sites whose gain point this is, unless their layer has it in its weights."""
-        sites = [s for s in self.gain_at.get(node, ()) if s not in self.gained]
+        sites = [s for s in self.gain_at.get(node, ()) if (node, s) not in self.gained]
         if not sites:
             return value
-        self.gained.update(sites)
+        self.gained.update((node, s) for s in sites)
         held = self.state.get(node)
         layout = held or self.layouts.of(node)
         assert layout is not None
@@ -306,9 +307,9 @@ class Lowering:
         point = norm if norm is not None else node
         sites = self.gain_at.get(point, [])
         if layout is None or not sites or not any(self.gates[s].boost for s in sites):
-            self.gained.update(sites if layout is not None else ())
+            self.gained.update((point, s) for s in (sites if layout is not None else ()))
             return None
-        self.gained.update(sites)
+        self.gained.update((point, s) for s in sites)
         return self._gain(layout, sites, active_only=True)
 
 

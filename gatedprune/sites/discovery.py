@@ -15,7 +15,8 @@ from . import operators
 from .boundary import Boundaries
 from .capture import capture, normalise_inputs, two_samples
 from .costs import layer_costs
-from .flow import Flow, trace_flow
+from .flow import Flow
+from .joins import branches_of, trace
 from .labels import Const, Use, compress, distinct
 from .norms import NORMS, norm_at, past_movement
 from .site import Attach, Edge, NormAt, Site, SiteReport, identity_units
@@ -30,15 +31,16 @@ class SiteNodes:
     Attributes:
         site: The site.
         roots: Its units' representatives, in unit order.
-        producer: Node of the first producer. gate_input: The value that the gate sees. gain: The value that the gain
-            multiplies. unsafe: Consumers (and joins) whose input holds suppressed channels that are not zero.
+        producer: Node of the first producer. gate_input: The value that the gate sees. gains: The values that the gain
+            multiplies, one for each branch. unsafe: Consumers (and joins) whose input holds suppressed channels that
+            are not zero.
     """
 
     site: Site
     roots: np.ndarray
     producer: fx.Node
     gate_input: fx.Node
-    gain: fx.Node
+    gains: tuple[fx.Node, ...]
     unsafe: frozenset[fx.Node]
 
 
@@ -77,7 +79,7 @@ def find_sites(model: nn.Module, example_inputs: Any = None, *, stream: bool = F
 def analyse(name: str, graph_module: fx.GraphModule, *, stream: bool = False) -> Analysis:
     """Sites of a captured graph (see `capture`); ``name`` heads the report."""
     with torch.device("cpu"):  # labels are numbers to compute with, whatever the default device
-        return _Discovery(trace_flow(graph_module), stream).run(name)
+        return _Discovery(trace(graph_module), stream).run(name)
 
 
 class _Discovery:
@@ -95,6 +97,7 @@ class _Discovery:
         self.found = [[flow.units.find(use.labels) for use in uses] for uses in kinds]
         self.signatures = self._signatures()
         self.heads = {r for use in flow.mixers for r in distinct(flow.units.find(use.labels)).tolist()}
+        self.branches = branches_of(flow)
         self.total = sum(flow.macs.values())
 
     def run(self, name: str) -> Analysis:
@@ -206,12 +209,10 @@ class _Discovery:
         if in_channels * channels >= 0.5 * macs:
             raise _Skip("its gate would cost at least what halving it saves")
         heads = self.heads.issuperset(roots.tolist())
-        gain = self._gain_node(node, consumers, heads)
-        gain_at = self._at_readers(gain, roots) if heads else None
-        gain_at = gain_at or self._attach(gain, roots)
-        if gain_at is None:
-            raise _Skip("its output cannot be reached at the border of a module")
-        unsafe, masks = self._masks(node, gain, roots, joined)
+        branches = self._branches(node, roots)
+        gains = tuple(dict.fromkeys(self._gain_node(branch, consumers, heads) for branch in branches))
+        gain_at = self._gain_at(gains, roots, heads)
+        unsafe, masks = self._masks(gains, roots, joined)
         name = self.boundaries.innermost(node)
         if name in known:
             name = f"{name}:{sum(k.partition(':')[0] == name for k in known)}"
@@ -229,8 +230,14 @@ class _Discovery:
             macs=macs,
             share=macs / self.total if self.total else 0.0,
             norms=self._norms(roots),
+            branches=tuple(dict.fromkeys(self._path(branch) for branch in branches)),
         )
-        return SiteNodes(site, roots, node, gate_input, gain, unsafe)
+        return SiteNodes(site, roots, node, gate_input, gains, unsafe)
+
+    def _branches(self, producer: fx.Node, roots: np.ndarray) -> list[fx.Node]:
+        """The first layers of the branches that are added up in the site; just the producer where none are."""
+        found = {node for root in roots.tolist() for node in self.branches.get(root, ())}
+        return sorted(found | {producer}, key=self.order.__getitem__)
 
     def _gate(self, producer: fx.Node) -> tuple[str, fx.Node, int]:
         """Module whose only input the gate looks at, that value and its channel dimension.
@@ -284,6 +291,16 @@ class _Discovery:
             return past_movement(users[0], self.boundaries)
         return producer
 
+    def _gain_at(self, gains: tuple[fx.Node, ...], roots: np.ndarray, heads: bool) -> tuple[Attach, ...]:
+        """Where modules' borders let the gain be multiplied on all of those values."""
+        found: dict[tuple[str, str], Attach] = {}
+        for gain in gains:
+            places = (self._at_readers(gain, roots) if heads else None) or self._attach(gain, roots)
+            if places is None:
+                raise _Skip("its output cannot be reached at the border of a module")
+            found.update({(at.path, at.side): at for at in places})
+        return tuple(found.values())
+
     def _at_readers(self, value: fx.Node, roots: np.ndarray) -> tuple[Attach, ...] | None:
         """The inputs of the layers that read ``value``, where nothing else does."""
         hooks = [self.boundaries.input_hook(user) for user in value.users]
@@ -325,15 +342,16 @@ class _Discovery:
         holding = set(distinct(at[member[held]]).tolist())
         return {node for node, i in self.order.items() if i in holding}
 
-    def _masks(self, producer: fx.Node, gain: fx.Node, roots: np.ndarray, joined: bool) -> tuple[frozenset, tuple]:
+    def _masks(self, gains: tuple[fx.Node, ...], roots: np.ndarray, joined: bool) -> tuple[frozenset, tuple]:
         """Where suppressed channels must be silenced again, because something between has woken them."""
-        holding, zero = self._holding(roots), {gain}
+        holding, zero = self._holding(roots), set(gains)
+        first = min(self.order[gain] for gain in gains)
         reading = {u.node for u, _ in self._uses(self.flow.consumers, roots)}
         adding = {j.node for j in self.flow.joins} if joined else set()
         unsafe: dict[fx.Node, None] = {}
         masks: dict[tuple[str, str], Attach] = {}
         for node in self.flow.graph_module.graph.nodes:
-            if self.order[node] <= self.order[gain] or node.op != "call_function":
+            if self.order[node] <= first or node.op != "call_function":
                 continue
             inputs = [a for a in node.all_input_nodes if a in holding]
             for value in inputs if node in reading or node in adding else ():

@@ -24,7 +24,8 @@ class Flow:
 
     ``values`` maps each tensor node to its labels, to `Const`, or to a plain value. ``macs`` holds the dense MACs per
     sample of layers and of products of two activations; ``mixers`` are those products that work on attention heads;
-    ``norms`` take their statistics over all channels of a site.
+    ``norms`` take their statistics over all channels of a site. Additions are ``joins``, but those at the nodes
+    ``merges`` unite what they add: ``merged``.
     """
 
     graph_module: fx.GraphModule
@@ -34,9 +35,11 @@ class Flow:
     carriers: list[Use] = field(default_factory=list)
     consumers: list[Use] = field(default_factory=list)
     joins: list[Join] = field(default_factory=list)
+    merged: list[Join] = field(default_factory=list)
     macs: dict[fx.Node, int] = field(default_factory=dict)
     mixers: list[Use] = field(default_factory=list)
     norms: list[Use] = field(default_factory=list)
+    merges: frozenset[fx.Node] = frozenset()
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The concrete shape of a tensor node for the example inputs."""
@@ -76,12 +79,13 @@ class Flow:
         return torch.from_numpy(np.ascontiguousarray(labels)).view(view).expand(shape)
 
 
-def trace_flow(graph_module: fx.GraphModule) -> Flow:
+def trace_flow(graph_module: fx.GraphModule, merges: frozenset[fx.Node] = frozenset()) -> Flow:
     """Run every operator of a captured graph on labels instead of data.
 
-    Operators without a rule pin what enters them: nothing is ever gated by guesswork.
+    Operators without a rule pin what enters them: nothing is ever gated by guesswork. ``merges``: additions that unite
+    the channels they add (`joins` finds them).
     """
-    flow = Flow(graph_module)
+    flow = Flow(graph_module, merges=merges)
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
             flow.values[node] = _placeholder(flow, node)

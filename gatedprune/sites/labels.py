@@ -47,10 +47,22 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Join:
-    """An addition that joins two sets of units: the residual stream begins or goes on at ``node``."""
+    """An addition of two different sets of units at ``node``: of the labels ``left`` and ``right``.
+
+    ``out`` are those of the sum: new ones where the residual stream begins or goes on (`Flow.joins`), the operands'
+    own where branches are merged and their units united (`Flow.merged`).
+    """
 
     node: fx.Node
-    labels: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    out: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The operands' labels, each once."""
+        both = np.unique(np.concatenate([self.left.ravel(), self.right.ravel()]))
+        return both[both != WILD]
 
 
 def compress(labels: Tensor) -> Tensor:

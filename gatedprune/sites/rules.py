@@ -132,10 +132,18 @@ def _pair(flow: Flow, node: fx.Node, a: Tensor, b: Tensor, joins: bool) -> Tenso
 
 
 def _join(flow: Flow, node: fx.Node, ra: np.ndarray, rb: np.ndarray) -> Tensor:
-    """An addition of two different sets of units: the sum is a stream of new units that nobody may narrow."""
-    flow.joins.append(Join(node, distinct(np.concatenate([ra.ravel(), rb.ravel()]))))
+    """An addition of two different sets of units: the sum is a stream of new units that nobody may narrow.
+
+    Where branches are merged it unites them instead.
+    """
+    if node in flow.merges:
+        out = np.where(ra == WILD, rb, ra)
+        flow.merged.append(Join(node, ra, rb, out))
+        flow.units.union(ra, rb)
+        return torch.from_numpy(out)
     count, where = number_pairs(ra, rb)
     fresh = flow.units.fresh(count)
+    flow.joins.append(Join(node, ra, rb, fresh.numpy()))
     flow.units.pin(fresh, "its channels are multiplied with those of the residual stream")
     return fresh[torch.from_numpy(where)]
 

@@ -68,13 +68,16 @@ class Site:
 
     Attributes:
         name: Module path of the first producer.
-        kind: "inner" (no residual addition joins its producers) or "stream" (its winners are added to the stream).
+        kind: "inner" (no residual addition, x + f(x), joins its producers) or "stream" (its winners are added to the
+            stream).
         channels: C: how many units can be suppressed one by one; a unit may be several channels (a group).
         in_channels: Channels of the tensor that enters the first producer: what the gate sees.
         producers, carriers, consumers: The layers that write, carry and read the site.
         gate_at: Where the gate looks. gain_at: where the gain is multiplied. masks: where suppressed channels, woken
             by a bias or an activation with f(0) ≠ 0, are silenced again. norms: layer norms whose statistics are the
             active channels'.
+        branches: Paths of the producers that write the site each on their own, and whose outputs are added up: each
+            takes the gain. Just the first producer where nothing is added.
         macs: Multiply-accumulates per sample of the layers that the site narrows, dense.
         share: `macs` as a share of the model's.
     """
@@ -92,6 +95,7 @@ class Site:
     macs: int
     share: float
     norms: tuple[NormAt, ...] = ()
+    branches: tuple[str, ...] = ()
 
     @property
     def edges(self) -> tuple[Edge, ...]:

@@ -87,7 +87,7 @@ class _Choice:
 
 def _norms(gated: GatedModel, args: tuple[Any, ...]) -> dict[str, str]:
     """Path of a producer → path of the batch norm that reads the very tensor it wrote."""
-    producers = {s.producers[0].path for s in gated.gated_sites}
+    producers = {path for s in gated.gated_sites for path in s.branches}
     norms = {e.path for s in gated.gated_sites for e in s.carriers if e.op in _NORMS}
     written: dict[tuple, tuple[str, Tensor]] = {}  # holds the tensors, so that no memory is given out twice
     found: dict[str, str] = {}
@@ -138,8 +138,8 @@ def _apply(model: nn.Module, chosen: dict[str, _Choice], norms: dict[str, str], 
 
 
 def _gain_edges(site: Site, norms: dict[str, str]) -> list[Edge]:
-    """Where the gain belongs: the norm behind the producer, else the producer; for attention heads the
-    readers.
+    """Where the gain belongs: the norm behind each branch's producer, else that producer; for attention heads
+    the readers.
 
     A layer that writes queries, keys and values would put the gain into their product more than once.
     """
@@ -150,7 +150,8 @@ def _gain_edges(site: Site, norms: dict[str, str]) -> list[Edge]:
     # A norm may read a tensor that the residual stream takes as it is: there the layer itself is scaled.
     if site.kind == "stream" and any(at.path == producer.path and at.side == "output" for at in site.gain_at):
         return [producer]
-    return [next((e for e in site.carriers if e.path == norms.get(producer.path)), producer)]
+    written = {e.path: e for e in site.producers if e.path in site.branches}
+    return [next((e for e in site.carriers if e.path == norms.get(path)), edge) for path, edge in written.items()]
 
 
 def _silence_constants(model: nn.Module, choice: _Choice) -> None:

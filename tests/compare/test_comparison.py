@@ -93,7 +93,7 @@ def test_table_names_rows_columns_and_conditions(found: Comparison) -> None:
     assert {"MMACs", "predictors", "ms", "mean", "call"} <= set(lines[0].split())
     assert f"{found['dense'].latency.median_ms:,.2f}" in lines[2]
     assert "1 thread," in text and "2×3×64×64" in text and torch.__version__.split("+")[0] in text
-    assert re.search(r"7 sites keep \d+ of \d+ channels", text)
+    assert re.search(r"10 sites keep \d+ of \d+ channels", text)
     assert len({len(line) for line in lines[:5]}) <= 2
 
 

@@ -78,7 +78,7 @@ def test_an_untouched_gated_model_is_the_static_one(resnet: nn.Module) -> None:
 
 
 def test_kept_channels_of_one_sample_give_the_gated_output(resnet: nn.Module) -> None:
-    images = torch.randn(IMAGES, dtype=torch.float64)
+    images = torch.randn(IMAGES, dtype=torch.float64) * torch.tensor([0.2, 2.0]).view(2, 1, 1, 1)
     gated = gatedprune.wrap(resnet.double(), ratio=0.5, boost=False, example_inputs=images).eval()
     with torch.no_grad():
         for gate in gated.gates.values():
@@ -104,6 +104,33 @@ def test_concatenated_sites_are_pruned_each_for_itself() -> None:
         torch.testing.assert_close(pruned(images), masked(images))
     assert pruned.left.weight.shape[0] == 2 and pruned.right.weight.shape[0] == 3
     assert pruned.last.weight.shape[1] == 5
+
+
+class Branches(nn.Module):
+    """A sum of two branches: one site with two producers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.norm(self.left(x)) + self.right(x)).relu())
+
+
+@pytest.mark.parametrize("by", ["torch-pruning", "gatedprune"])
+def test_branches_that_are_added_lose_the_same_channels(by: str) -> None:
+    model = lively(Branches()).double().eval()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    result = prune_static(model, keep={"left": [1, 3, 6]}, example_inputs=images, by=by)
+    assert result.by == by
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        masked.last.weight[:, [0, 2, 4, 5, 7]] = 0
+        torch.testing.assert_close(result.model.eval()(images), masked(images))
+    rows = sorted(m.weight.shape[0] for m in result.model.modules() if isinstance(m, nn.Conv2d))
+    assert rows == [3, 3, 5]
 
 
 def test_ranked_by_torch_prunings_importance() -> None:
