@@ -14,7 +14,7 @@ from .labels import WILD, Use, compress
 if TYPE_CHECKING:
     from .flow import Flow
 
-__all__ = ["attention", "matmul"]
+__all__ = ["attention", "einsum", "matmul"]
 
 
 def _attend(flow: Flow, a: Tensor, b: Tensor) -> Tensor | None:
@@ -44,10 +44,12 @@ def _attend(flow: Flow, a: Tensor, b: Tensor) -> Tensor | None:
 
 def matmul(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     a, b = args[0], args[1]
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or min(a.dim(), b.dim()) < 2:
+    if min(len(a.shape), len(b.shape)) < 2:
         return NotImplemented
     shape = flow.shape(node)
     flow.macs[node] = math.prod(shape) * a.shape[-1] // flow.batch
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return _by_constant(flow, node, (a, -1) if isinstance(a, Tensor) else (b, -2), shape)
     heads = _attend(flow, a, b)
     if heads is not None:
         flow.mixers.append(Use(node, heads.numpy().ravel()))
@@ -58,12 +60,57 @@ def matmul(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if va.shape[-2] > 1 and vb.shape[-1] > 1:
         return NotImplemented
     if vb.shape[-1] > 1:
+        flow.through.append(Use(node, np.unique(vb)))
         _forget(flow, va)
         return torch.from_numpy(vb).view((1,) * (len(shape) - vb.ndim) + vb.shape).expand(shape)
     if va.shape[-2] > 1:
+        flow.through.append(Use(node, np.unique(va)))
         _forget(flow, vb)
         return torch.from_numpy(va).view((1,) * (len(shape) - va.ndim) + va.shape).expand(shape)
     return NotImplemented
+
+
+def _by_constant(flow: Flow, node: fx.Node, factor: tuple[Tensor, int], shape: tuple[int, ...]) -> Any:
+    """A product with a constant, summed over the factor's dimension: position scores of each attention head."""
+    x, over = factor
+    rest = -1 if over == -2 else -2
+    if flow.units.varying(x).shape[rest] > 1 or not flow.units.settle(x, (over,)):
+        return NotImplemented
+    roots = flow.units.varying(x)
+    flow.through.append(Use(node, np.unique(roots)))
+    return torch.from_numpy(roots).expand(shape)
+
+
+def einsum(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """A sum of products: what is summed over goes together, what is multiplied does too."""
+    terms, arrow, out = args[0].replace(" ", "").partition("->")
+    letters, operands = terms.split(","), args[1]
+    if not arrow or "." in args[0] or any(len(set(t)) < len(t) for t in (*letters, out)):
+        return NotImplemented
+    sizes = {c: s for term, x in zip(letters, operands, strict=True) for c, s in zip(term, x.shape, strict=True)}
+    flow.macs[node] = math.prod(sizes.values()) // flow.batch
+    found: Tensor | None = None
+    for term, x in zip(letters, operands, strict=True):
+        if not isinstance(x, Tensor):
+            continue
+        if not flow.units.settle(x, tuple(term.index(c) for c in term if c not in out)):
+            return NotImplemented
+        roots = torch.from_numpy(flow.units.varying(x))
+        kept = roots[tuple(slice(None) if c in out else 0 for c in term)]
+        here = "".join(c for c in term if c in out)
+        wide = kept.permute([here.index(c) for c in out if c in here])
+        wide = wide[tuple(slice(None) if c in here else None for c in out)]
+        if found is not None:
+            if found.shape != wide.shape:
+                return NotImplemented
+            flow.units.union(found.numpy(), wide.numpy())
+            wide = torch.where(found == WILD, wide, found)
+        found = wide
+    if found is None:
+        return NotImplemented
+    products = sum(isinstance(x, Tensor) for x in operands) > 1
+    (flow.mixers if products else flow.through).append(Use(node, np.unique(flow.units.find(found))))
+    return found.expand(flow.shape(node))
 
 
 def _forget(flow: Flow, roots: np.ndarray) -> None:
@@ -78,7 +125,7 @@ def attention(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     flow.macs[node] = (math.prod(q.shape) + math.prod(shape)) * k.shape[-2] // flow.batch
     scores = _attend(flow, q, k.transpose(-2, -1))
     if scores is None:
-        return _single_head(flow, q, k, v, shape)
+        return _single_head(flow, node, q, k, v, shape)
     heads = _attend(flow, scores.expand(*scores.shape[:-2], q.shape[-2], k.shape[-2]), v)
     if heads is None:
         return NotImplemented
@@ -89,11 +136,13 @@ def attention(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return heads.expand(shape)
 
 
-def _single_head(flow: Flow, q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, ...]) -> Any:
+def _single_head(flow: Flow, node: fx.Node, q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, ...]) -> Any:
     """Attention with one head: queries and keys are summed over, but the values' channels pass through."""
     _forget(flow, compress(q).numpy())
     _forget(flow, compress(k).numpy())
     values = flow.units.varying(v)
     if values.shape[-2] > 1:
         return NotImplemented
+    # Of its two products only the second grows with the values' channels.
+    flow.through.append(Use(node, np.append(np.unique(values), np.full(q.shape[-1], WILD))))
     return torch.from_numpy(values).expand(shape)

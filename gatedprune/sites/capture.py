@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ConfigError, ModelError
-from .rewrites import join_rms_norms
+from .rewrites import join_response_norms, join_rms_norms
 
 __all__ = [
     "GATING_STATE",
@@ -135,6 +135,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
     _inline_contexts(captured)
     _name_modules_once(model, captured)
     join_rms_norms(captured)
+    join_response_norms(captured)
     return captured
 
 

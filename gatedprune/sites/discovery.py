@@ -163,13 +163,13 @@ class _Discovery:
 
     def _nodes(self, roots: np.ndarray) -> list[fx.Node]:
         flow = self.flow
-        kinds = (flow.producers, flow.carriers, flow.consumers, flow.mixers)
+        kinds = (flow.producers, flow.carriers, flow.consumers, flow.mixers, flow.through)
         return [u.node for uses in kinds for u, _ in self._uses(uses, roots)]
 
     def _macs(self, roots: np.ndarray) -> int:
         """Dense MACs of the site's layers, each for the share of its channels that belongs to the site."""
         flow, share = self.flow, dict.fromkeys(self.flow.macs, 0.0)
-        for uses in (flow.producers, flow.carriers, flow.consumers, flow.mixers):
+        for uses in (flow.producers, flow.carriers, flow.consumers, flow.mixers, flow.through):
             for use, units in self._uses(uses, roots):
                 if use.node in share:
                     share[use.node] = max(share[use.node], float((units >= 0).mean()))
@@ -249,7 +249,7 @@ class _Discovery:
             shape = self.flow.shape(value)
             if len(shape) < 2 or shape[0] != self.flow.batch:
                 continue
-            if value is producer.args[0]:
+            if self._reads(producer, value):
                 return path, value, len(shape) - 1 if operators.op_name(producer.target) == "linear" else 1
             labels = self.flow.labelled(value)
             varying = (
@@ -258,6 +258,13 @@ class _Discovery:
             if len(varying) == 1 and varying[0] > 0:
                 return path, value, varying[0]
         raise _Skip("its input cannot be seen at the border of a module that runs once on one value")
+
+    def _reads(self, producer: fx.Node, value: fx.Node) -> bool:
+        """Whether the layer reads the value itself, or what padding and the like make of it: in the same dimension."""
+        source: Any = producer.args[0]
+        while source is not value and operators.op_name(source.target) in operators.KEEPS_CHANNELS:
+            source = source.args[0]
+        return source is value
 
     def _norms(self, roots: np.ndarray) -> tuple[NormAt, ...]:
         """The layer norms over the site's channels; they must be all of the norm's."""
@@ -310,6 +317,8 @@ class _Discovery:
         dims = [d for d, s in enumerate(small.shape) if s > 1]
         if len(dims) != 1:
             raise _Skip("its channels are spread over several dimensions of a tensor")
+        if dims[0] == 0:
+            raise _Skip("its channels are folded into the batch where a gate would have to touch them")
         units = self._units(small.reshape(-1), roots)
         return dims[0], None if identity_units(units, len(roots)) else torch.from_numpy(units)
 

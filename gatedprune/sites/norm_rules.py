@@ -12,7 +12,7 @@ from .labels import Use
 if TYPE_CHECKING:
     from .flow import Flow
 
-__all__ = ["batch_norm", "group_norm", "layer_norm"]
+__all__ = ["batch_norm", "group_norm", "layer_norm", "response_norm"]
 
 
 def batch_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -49,3 +49,11 @@ def _norm_over_site(flow: Flow, node: fx.Node, x: Tensor, dim: int) -> Tensor:
     flow.carry(node, labels)
     flow.norms.append(Use(node, labels))
     return flow.spread(labels, dim % x.dim(), flow.shape(node))
+
+
+def response_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """Each channel's size over places, divided by the mean size over all channels: of those that are active."""
+    x, dim = args[0], args[4]
+    if flow.units.varying(x).shape[dim] != x.shape[dim]:
+        return NotImplemented
+    return _norm_over_site(flow, node, x, dim)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from . import attention_rules, norm_rules
 from .capture import concrete
-from .labels import WILD, Const, Join, compress, rebroadcast
+from .labels import WILD, Const, Join, Use, compress, rebroadcast
 from .operators import BINARY, ELEMENTWISE, MOVEMENT, OVER_DIM, REDUCTION, SPATIAL, op_name
 
 if TYPE_CHECKING:
@@ -235,6 +235,9 @@ def _convolution(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     taps = math.prod(weight.shape[2:])
     places = x.shape[0] * math.prod(x.shape[2:] if transposed else shape[2:])
     flow.macs[node] = places * taps * c_out * c_in // groups // flow.batch
+    shared = _shared_between_heads(flow, node, x) if groups == c_in == c_out else None
+    if shared is not None:
+        return shared.expand(shape)
     read = flow.units.along(x, 1)
     if groups == 1:
         flow.consume(node, read)
@@ -254,6 +257,18 @@ def _convolution(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return flow.spread(labels, 1, shape)
 
 
+def _shared_between_heads(flow: Flow, node: fx.Node, x: Tensor) -> Tensor | None:
+    """Labels of a depthwise convolution's result where heads are folded into the batch: each keeps its own channels.
+
+    All of them have the same weights, so that no weight is cut. None where nothing is folded.
+    """
+    roots = flow.units.varying(x)
+    if roots.shape[0] == 1 or any(s > 1 for s in roots.shape[2:]):
+        return None
+    flow.through.append(Use(node, np.unique(roots)))
+    return torch.from_numpy(roots)
+
+
 def _linear(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     x, weight = args[0], args[1]
     if isinstance(weight, Tensor) or not isinstance(x, Tensor) or len(weight.shape) != 2:
@@ -261,9 +276,21 @@ def _linear(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     shape = flow.shape(node)
     flow.macs[node] = math.prod(shape) * weight.shape[1] // flow.batch
     if _over_places(flow, x):
+        flow.through.append(Use(node, np.unique(flow.units.varying(x))))
         return rebroadcast(x).narrow(-1, 0, 1).expand(shape)
     flow.consume(node, flow.units.along(x, -1))
     return flow.spread(flow.produce(node, weight.shape[0]), len(shape) - 1, shape)
+
+
+def _copy(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """``x.copy_(y)`` gives y in x's memory; what else looks at that memory afterwards must not exist."""
+    target: Any = node.args[0]
+    while isinstance(target, fx.Node):
+        if any(node < user for user in target.users):
+            return NotImplemented
+        looks = target.op == "call_function" and op_name(target.target) in MOVEMENT | {"alias", "getitem"}
+        target = target.args[0] if looks else None
+    return args[1].expand(flow.shape(node)) if isinstance(args[1], Tensor) else NotImplemented
 
 
 def _nothing(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -302,10 +329,13 @@ _RULES: dict[str, Rule] = {
     "pad": _pad,
     "constant_pad_nd": _pad,
     "getitem": _getitem,
+    "copy": _copy,
     "layer_norm": norm_rules.layer_norm,
     "rms_norm": norm_rules.layer_norm,
+    "response_norm": norm_rules.response_norm,
     "matmul": attention_rules.matmul,
     "bmm": attention_rules.matmul,
+    "einsum": attention_rules.einsum,
     "scaled_dot_product_attention": attention_rules.attention,
     **dict.fromkeys(
         ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"), _nothing
