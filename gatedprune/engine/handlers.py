@@ -421,18 +421,6 @@ def _einsum(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None
     return low.graph.node_copy(node, low.env.__getitem__)
 
 
-def _copy(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
-    """What is copied over another value, whose memory nothing else looks at (see `rules`)."""
-    source: Any = node.args[1]
-    layout, target = low.state.get(source), node.args[0]
-    if layout is None or source.meta["val"].dtype != target.meta["val"].dtype:  # type: ignore[union-attr]
-        return None
-    if low.flow.shape(source) != low.flow.shape(node):
-        return None
-    low.state[node] = layout
-    return low.graph.call_function(_aten.clone.default, (low.env[source],))
-
-
 def _pad(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     layout, pad = low.state[held[0]], node.args[1]
     if layout.dim >= len(low.flow.shape(held[0])) - len(pad) // 2:  # type: ignore[arg-type]
@@ -454,7 +442,6 @@ _TABLE: dict[str, Handler] = {
     "matmul": _matmul,
     "bmm": _matmul,
     "einsum": _einsum,
-    "copy": _copy,
     "max_pool2d": _max_pool,
     "pad": _pad,
     "constant_pad_nd": _pad,

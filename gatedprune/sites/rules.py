@@ -282,17 +282,6 @@ def _linear(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return flow.spread(flow.produce(node, weight.shape[0]), len(shape) - 1, shape)
 
 
-def _copy(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """``x.copy_(y)`` gives y in x's memory; what else looks at that memory afterwards must not exist."""
-    target: Any = node.args[0]
-    while isinstance(target, fx.Node):
-        if any(node < user for user in target.users):
-            return NotImplemented
-        looks = target.op == "call_function" and op_name(target.target) in MOVEMENT | {"alias", "getitem"}
-        target = target.args[0] if looks else None
-    return args[1].expand(flow.shape(node)) if isinstance(args[1], Tensor) else NotImplemented
-
-
 def _nothing(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """An assertion: it has no result."""
     return None
@@ -329,7 +318,6 @@ _RULES: dict[str, Rule] = {
     "pad": _pad,
     "constant_pad_nd": _pad,
     "getitem": _getitem,
-    "copy": _copy,
     "layer_norm": norm_rules.layer_norm,
     "rms_norm": norm_rules.layer_norm,
     "response_norm": norm_rules.response_norm,

@@ -84,7 +84,9 @@ def pooled(**options: bool) -> nn.Module:
 
 
 def folded() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), Folded(), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), Folded(), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 1)
+    ).eval()
 
 
 @pytest.mark.parametrize("make", [pooled, lambda: pooled(residual=False), folded], ids=["pooled", "plain", "folded"])
@@ -96,4 +98,10 @@ def test_the_contract(make) -> None:
     g = wrap(make(), 0.5, example_inputs=IMAGES)
     print(compact(g, IMAGES)._lowered["any:3x8x8"].graph)
     from gatedprune.measure import count_macs
-    print(report.macs_left(0.5), count_macs(compact(g, IMAGES), IMAGES).total, count_macs(make(), IMAGES).total, report.macs)
+
+    print(
+        report.macs_left(0.5),
+        count_macs(compact(g, IMAGES), IMAGES).total,
+        count_macs(make(), IMAGES).total,
+        report.macs,
+    )
