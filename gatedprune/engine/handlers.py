@@ -5,6 +5,7 @@ One function for each kind of operator; where it returns None the value is widen
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -331,6 +332,8 @@ def _beside(low: Lowering, node: fx.Node, name: str, layout: Layout) -> bool:
         node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # fmt: skip
     if dims is None:
         return False
+    if name == "slice" and list(node.args[2:]) in ([], [None], [0], [0, sys.maxsize], [None, None]):
+        return True  # all of it
     return all(d % rank != layout.dim for d in (dims if isinstance(dims, (list, tuple)) else [dims]))
 
 

@@ -123,8 +123,8 @@ def _pair(flow: Flow, node: fx.Node, a: Tensor, b: Tensor, joins: bool) -> Tenso
         return (b if alone_a else a).expand(shape)
     ca, cb = torch.broadcast_tensors(ca, cb)
     ra, rb = flow.units.find(ca), flow.units.find(cb)
-    if np.array_equal(ra, rb):
-        return ca.expand(shape)
+    if ((ra == rb) | (ra == WILD) | (rb == WILD)).all():
+        return torch.from_numpy(np.where(ra == WILD, rb, ra)).expand(shape)
     permuted = set(ra.ravel().tolist()) == set(rb.ravel().tolist())  # x·cos + rotated(x)·sin, not a residual addition
     if not joins or permuted:
         flow.units.union(ra, rb)
