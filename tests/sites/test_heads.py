@@ -141,31 +141,32 @@ def test_widening_heads_that_are_folded_into_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("equation", "reason"),
-    [("bhnc,hc->bhn", None), ("bhnc,ck->bhnk", None), ("bhnc,hk->bnck", "einsum"), ("bhnc,bhmc", "einsum")],
+    ("equation", "factor", "units"),
+    [
+        ("bhnc,hc->bhn", (4, 8), 4),
+        ("bhnc,ck->bhnk", (8, 8), 4),
+        ("bhnc,hk->bknc", (4, 4), 8),
+        ("...c,ck->...k", (8, 8), 0),
+    ],
 )
-def test_sums_of_products(equation: str, reason: str | None) -> None:
-    """What is summed over within a head goes together; a sum over heads mixes them."""
+def test_sums_of_products(equation: str, factor: tuple[int, int], units: int) -> None:
+    """What is summed over can only go together; what an ellipsis stands for is not looked into."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.last = nn.Linear(6, 32), nn.LazyLinear(3)
-            self.factor = nn.Parameter(torch.randn(4, 8) if "h" in equation.partition(",")[2] else torch.randn(8, 8))
+            self.first, self.last = nn.Linear(6, 32), nn.LazyLinear(64)
+            self.factor = nn.Parameter(torch.randn(factor))
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x).unflatten(-1, (4, 8)).transpose(1, 2)
-            y = torch.einsum(equation, x, x if equation.endswith("bhmc") else self.factor)
-            y = y.unsqueeze(-1) if y.dim() == 3 else y
-            return self.last(y.transpose(1, 2).flatten(2))
+            y = torch.einsum(equation, self.first(x).unflatten(-1, (4, 8)).transpose(1, 2), self.factor)
+            return self.last(y.view(*y.shape[:3], -1).transpose(1, 2).flatten(2))
 
-    model, x = Net(), torch.randn(2, 5, 6)
+    model, x = Net().eval(), torch.randn(2, 5, 6)
     model(x)
-    report = find_sites(model.eval(), x)
-    if reason is None:
-        assert [(site.name, site.channels) for site in report] == [("first", 4)]
-    else:
-        assert reason in report.skipped["first"]
+    report = find_sites(model, x)
+    assert [site.channels for site in report] == ([units] if units else [])
+    assert units or "einsum" in report.skipped["first"]
 
 
 def test_padding_is_no_other_branch() -> None:
