@@ -17,6 +17,7 @@ __all__ = [
     "indexed_conv2d",
     "masked_norm",
     "per_row",
+    "response_norm",
     "saliency",
     "scale_channels",
     "subsample",
@@ -124,17 +125,15 @@ def masked_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    *,
-    spatial: bool = False,
-    centred: bool = True,
+    kind: str = "layer",
 ) -> Tensor:
-    """Layer norm (over channels) with the statistics of the active channels only: the others do not exist.
+    """A norm over channels with the statistics of the active channels only: the others do not exist.
 
     Args:
         x: (B, …, C, …), the channels along ``channel_dim``. mask: (B, C), one where active.
         weight, bias: (C,) or None.
-        spatial: Statistics over channels and places together (a group norm of one group), not at each place.
-        centred: False for an RMS norm.
+        kind: "layer" and "rms" take their statistics at each place, "group" over channels and places together (a group
+            norm of one group); "response" is `response_norm`.
 
     Returns:
         Of x's shape; what stands at suppressed channels means nothing.
@@ -142,6 +141,9 @@ def masked_norm(
     view = [1] * x.dim()
     view[channel_dim] = x.shape[channel_dim]
     keep = per_row(mask, x.shape[0]).to(x.dtype).view(x.shape[0], *view[1:])
+    if kind == "response":
+        return response_norm(x, weight, bias, eps, channel_dim, keep)
+    spatial, centred = kind == "group", kind != "rms"
     dims = list(range(1, x.dim())) if spatial else [channel_dim % x.dim()]
     places = x[0].numel() // x.shape[channel_dim] if spatial else 1
     count = keep.sum(dims, keepdim=True) * places
@@ -149,6 +151,37 @@ def masked_norm(
     y = y * ((y.square() * keep).sum(dims, keepdim=True) / count + eps).rsqrt()
     y = y if weight is None else y * weight.view(view)
     return y if bias is None else y + bias.view(view)
+
+
+def response_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, channel_dim: int, keep: Tensor | None = None
+) -> Tensor:
+    """Global response norm (ConvNeXt V2, arXiv 2301.00808, algorithm 1): x + weight · x · r + bias.
+
+    r is the channel's norm over places, divided by the mean of these norms over channels (+ ε).
+
+    Args:
+        x: (B, …, C, …), the channels along ``channel_dim``.
+        weight, bias: (C,), of each sample (B, C), or None: one and zero.
+        keep: Broadcasts against x: one at the channels that the mean is taken over, zero elsewhere. None: all.
+
+    Returns:
+        Of x's shape.
+    """
+    dim = channel_dim % x.dim()
+    size = torch.linalg.vector_norm(x, 2, [d for d in range(1, x.dim()) if d != dim], keepdim=True)
+    if keep is None:
+        mean = size.mean(dim, keepdim=True)
+    else:
+        mean = (size * keep).sum(dim, keepdim=True) / keep.sum(dim, keepdim=True)
+    y = x * (size / (mean + eps))
+    view = [1] * x.dim()
+    view[dim] = x.shape[dim]
+    if weight is not None:
+        y = y * weight.view([*weight.shape[:-1], *view[1:]] if weight.dim() > 1 else view)
+    if bias is not None:
+        y = y + bias.view([*bias.shape[:-1], *view[1:]] if bias.dim() > 1 else view)
+    return x + y
 
 
 def indexed_conv2d(

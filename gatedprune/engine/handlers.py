@@ -5,6 +5,7 @@ One function for each kind of operator; where it returns None the value is widen
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ..sites import norm_options, operators
-from . import narrow
+from . import narrow, narrow_norms
 from .layout import Layout
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _SAME_MEMORY = frozenset(["getitem", "dropout", "feature_dropout", "contiguous",
 # Their arguments name dimensions only.
 _UNSIZED = frozenset(
     ["flatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "numpy_T", "movedim", "swapaxes", "swapdims"]
-    + ["select", "unbind", "slice", "roll", "flip"]
+    + ["select", "unbind", "slice", "roll", "flip", "unfold"]
 )
 
 
@@ -67,7 +68,7 @@ def _group_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | 
     if layout is None or held != [node.args[0]] or not (low.constants.holds(weight) and low.constants.holds(bias)):
         return None
     affine = [None if v is None else low.constants.value(v).clone() for v in (weight, bias)]
-    module = narrow.NarrowGroupNorm(layout.channels // groups, affine[0], affine[1], eps)
+    module = narrow_norms.NarrowGroupNorm(layout.channels // groups, affine[0], affine[1], eps)
     low.state[node] = layout
     return low.module(low.name(node), module, (low.env[held[0]], low.index(layout)))
 
@@ -130,17 +131,29 @@ def _layer_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | 
     """A norm over the active channels; or inside each head, where it does not see which heads there are."""
     layout = _same(low, node, held[0])
     if layout is not None and held == [node.args[0]] and layout.dim == len(low.flow.shape(node)) - 1:
-        weight, bias, eps, _, centred = norm_options(node)
+        weight, bias, eps, kind = norm_options(node)
         if len(node.args[1]) > 1 or not (low.constants.holds(weight) and low.constants.holds(bias)):  # type: ignore[arg-type]
             return None
         affine = [None if v is None else low.constants.value(v).clone() for v in (weight, bias)]
-        module = narrow.NarrowLayerNorm(affine[0], affine[1], eps, centred)
+        module = narrow_norms.NarrowLayerNorm(affine[0], affine[1], eps, kind != "rms")
         low.state[node] = layout
         return low.module(low.name(node), module, (low.env[held[0]], low.index(layout)))
     if layout is None or held != [node.args[0]] or layout.dim >= len(low.flow.shape(node)) - len(node.args[1]):  # type: ignore[arg-type]
         return None
     low.state[node] = layout
     return low.graph.node_copy(node, low.env.__getitem__)
+
+
+def _response_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    """A global response norm over the active channels."""
+    layout = _same(low, node, held[0])
+    weight, bias, eps, _ = norm_options(node)
+    if layout is None or held != [node.args[0]] or not (low.constants.holds(weight) and low.constants.holds(bias)):
+        return None
+    affine = [None if v is None else low.constants.value(v).clone() for v in (weight, bias)]
+    module = narrow_norms.NarrowResponseNorm(affine[0], affine[1], eps, layout.dim)
+    low.state[node] = layout
+    return low.module(low.name(node), module, (low.env[held[0]], low.index(layout)))
 
 
 def _fresh(low: Lowering, node: fx.Node) -> bool:
@@ -169,7 +182,7 @@ def _binary(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None
             values[operand] = low.env[operand]
         elif _scalar(low, operand) or _without_channels(low, operand, layout.dim, len(shape)):
             values[operand] = low.env[operand]
-        elif low.constants.unlabelled(operand) or _could_be(low, operand, layout, len(shape)):
+        elif layout.dim and (low.constants.unlabelled(operand) or _could_be(low, operand, layout, len(shape))):
             module = narrow.Take(layout.dim, len(shape))
             values[operand] = low.module("take", module, (low.env[operand], low.index(layout), low.env[held[0]]))
         else:
@@ -204,6 +217,8 @@ def _join(low: Lowering, node: fx.Node) -> fx.Node | None:
     stream = operands[1] if branch is operands[0] else operands[0]
     layout = low.state[branch]
     if {low.flow.shape(branch), low.flow.shape(stream)} != {low.flow.shape(node)} or low.wakened(node):
+        return None
+    if not layout.dim:
         return None
     if branch in node.all_input_nodes and low.constants.unlabelled(stream):
         return None
@@ -268,6 +283,8 @@ def _move(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     pieces = after if isinstance(after, tuple) else (after,)
     if any(p is not None and not low.layouts.regular(p) for p in pieces) or all(p is None for p in pieces):
         return None
+    if before.dim == 0 and name not in _SIZED and any(p is not None and p.dim for p in pieces):
+        return None  # the samples themselves are moved
     args = list(node.args)
     if name in _SIZED:
         if not isinstance(after, Layout):
@@ -282,7 +299,14 @@ def _move(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
             place += len(sizes) - len(low.flow.shape(node))
         if not 0 <= place < len(sizes):
             place = -1
-        if place >= 0 and sizes[place] != -1:
+        if after.dim == 0 and place == 0:
+            open_ = [i for i, size in enumerate(sizes) if i and size == -1 and name != "expand"]
+            for i in open_:  # the batch takes the one size that may be left open
+                sizes[i] = node.meta["val"].shape[i]
+            if not all(isinstance(sizes[i], int) for i in open_):
+                return None
+            sizes[0] = -1
+        elif place >= 0 and sizes[place] != -1:
             sizes[place] = low.active_channels(after)
         args[at] = sizes
     elif name in _SPLITTING:
@@ -293,7 +317,7 @@ def _move(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
             low.state[node] = after
             counts = [low.active_channels(p) for p in pieces if p is not None]
             return low.graph.call_function(_aten.split_with_sizes.default, (low.env[held[0]], counts, dim))
-    elif name in ("select", "unbind", "slice", "roll", "flip") and not _beside(low, node, name, before):
+    elif name in ("select", "unbind", "slice", "roll", "flip", "unfold") and not _beside(low, node, name, before):
         return None
     low.state[node] = after
     new = low.graph.node_copy(node, low.env.__getitem__)
@@ -308,6 +332,8 @@ def _beside(low: Lowering, node: fx.Node, name: str, layout: Layout) -> bool:
         node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # fmt: skip
     if dims is None:
         return False
+    if name == "slice" and list(node.args[2:]) in ([], [None], [0], [0, sys.maxsize], [None, None]):
+        return True  # all of it
     return all(d % rank != layout.dim for d in (dims if isinstance(dims, (list, tuple)) else [dims]))
 
 
@@ -343,7 +369,7 @@ def _attention(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | N
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     values = {a: low.env[a] for a in node.all_input_nodes}
     if isinstance(mask, fx.Node) and not _without_channels(low, mask, layout.dim, rank):
-        if not low.constants.unlabelled(mask):
+        if not low.constants.unlabelled(mask) or not layout.dim:
             return None
         values[mask] = low.module(
             "take", narrow.Take(layout.dim, rank), (low.env[mask], low.index(layout), low.env[held[0]])
@@ -357,7 +383,15 @@ def _matmul(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None
     layout, rank = low.layouts.of(node), len(low.flow.shape(node))
     if layout is None:
         return None
-    left, right = (low.state.get(a) for a in node.args[:2])  # type: ignore[arg-type]
+    factors: Any = node.args[:2]
+    left, right = (low.state.get(a) for a in factors)
+    constant = next((a for a in factors if low.constants.unlabelled(a)), None)
+    if constant is not None:  # scores of positions, say: the same for every channel
+        after = _same(low, node, held[0])
+        if after is None or not _without_channels(low, constant, after.dim, rank):
+            return None
+        low.state[node] = after
+        return low.graph.node_copy(node, low.env.__getitem__)
     if layout.dim >= rank - 2:  # no heads: the channels of one factor pass through
         one, other = (right, left) if layout.dim == rank - 1 else (left, right)
         if other is not None or not isinstance(one, Layout) or one.key != layout.key:
@@ -368,6 +402,23 @@ def _matmul(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None
         state = low.state.get(operand)  # type: ignore[arg-type]
         shift = rank - len(low.flow.shape(operand))  # type: ignore[arg-type]
         if not isinstance(state, Layout) or state.key != layout.key or state.dim + shift != layout.dim:
+            return None
+    low.state[node] = layout
+    return low.graph.node_copy(node, low.env.__getitem__)
+
+
+def _einsum(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    """A sum of products that leaves the channels apart: they bear one letter in all operands that have them."""
+    layout, (terms, _, out) = low.layouts.of(node), str(node.args[0]).replace(" ", "").partition("->")
+    operands: Any = node.args[1]
+    if layout is None:
+        return None
+    letter = out[layout.dim]
+    for term, operand in zip(terms.split(","), operands, strict=True):
+        state = low.state.get(operand)
+        if state is None and letter not in term:
+            continue
+        if not isinstance(state, Layout) or state.key != layout.key or term[state.dim] != letter:
             return None
     low.state[node] = layout
     return low.graph.node_copy(node, low.env.__getitem__)
@@ -385,6 +436,7 @@ _TABLE: dict[str, Handler] = {
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
+    "response_norm": _response_norm,
     "cat": _cat,
     "concat": _cat,
     "sym_size": _size,
@@ -392,6 +444,7 @@ _TABLE: dict[str, Handler] = {
     "scaled_dot_product_attention": _attention,
     "matmul": _matmul,
     "bmm": _matmul,
+    "einsum": _einsum,
     "max_pool2d": _max_pool,
     "pad": _pad,
     "constant_pad_nd": _pad,

@@ -17,6 +17,8 @@ __all__ = ["Layout", "Layouts"]
 class Layout:
     """Channels of a value along ``dim``: site and unit of each; site −1 where it belongs to no gated site.
 
+    ``dim`` 0 where they are folded into the batch (B·C, …), sample by sample.
+
     ``channels`` counts all of them. Two layouts with the same ``key`` hold the same channels in the same order.
     """
 
@@ -55,6 +57,9 @@ class Layouts:
         dims = [d for d, s in enumerate(small.shape) if s > 1]
         if len(dims) != 1:
             return None
+        if dims[0] == 0:
+            rows = small.reshape(self.flow.batch, -1) if len(small) % self.flow.batch == 0 else small[None]
+            return self.along(rows[0], 0) if (rows == rows[0]).all() and len(rows) == self.flow.batch else None
         return self.along(small.reshape(-1), dims[0])
 
     def along(self, labels: np.ndarray, dim: int) -> Layout | None:

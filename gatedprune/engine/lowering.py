@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..functional import scale_channels
 from ..gates import Gate
 from ..sites import Analysis, SiteNodes, norm_options, operators
-from . import narrow
+from . import narrow, narrow_norms
 from .constants import Constants
 from .fusion import fuse
 from .handlers import handler_of
@@ -207,9 +207,9 @@ class Lowering:
         layout = self.layouts.of(source)
         if layout is None:
             return None
-        weight, bias, eps, spatial, centred = norm_options(node)
+        weight, bias, eps, kind = norm_options(node)
         affine = [None if v is None else self.constants.value(v).clone() for v in (weight, bias)]
-        module = narrow.MaskedNorm(affine[0], affine[1], layout.dim, eps=eps, spatial=spatial, centred=centred)
+        module = narrow_norms.MaskedNorm(affine[0], affine[1], layout.dim, eps, kind)
         sites = [self.names[s] for s in self.layouts.sites_in(layout)]
         mask = self._gain(layout, sites, active_only=False, ones=True)
         return self.module(self.name(node), module, (self.full(source), mask))
@@ -266,11 +266,12 @@ class Lowering:
         within = next((use.labels for use in self.flow.consumers if use.node is node), None)  # of each group alike
         grouped = options.get("groups", 1) != 1 and within is None
         out_layout = self.layouts.of(node)
-        if out_layout is not None and (not self.layouts.regular(out_layout) or not self._ready(out_layout)):
+        through = any(use.node is node for use in self.flow.through)
+        if through or out_layout is not None and (not self.layouts.regular(out_layout) or not self._ready(out_layout)):
             out_layout = None
         in_layout = self.state.get(x)
-        if in_layout is not None and name == "linear" and in_layout.dim != len(self.flow.shape(x)) - 1:
-            return self._over_places(node, in_layout, _plain(name, weight, bias, {}))
+        if in_layout is not None and through:
+            return self._through(node, in_layout, _plain(name, weight, bias, options))
         if grouped and (in_layout is None or out_layout is None):
             out_layout = None  # groups are narrow on both sides or on neither
         value = self.env[x] if in_layout is not None and not (grouped and out_layout is None) else self.full(x)
@@ -293,11 +294,11 @@ class Lowering:
         out_index = self.index(out_layout) if out_layout is not None else None
         return self._apply_gain(node, self.module(self.name(node), module, (value, in_index, out_index, weight_gain)))
 
-    def _over_places(self, node: fx.Node, layout: Layout, module: nn.Module) -> fx.Node:
-        """A linear layer over places: it runs on the active channels as it is."""
-        x = node.args[0]
-        assert isinstance(x, fx.Node)
-        self.state[node] = layout
+    def _through(self, node: fx.Node, layout: Layout, module: nn.Module) -> fx.Node:
+        """A layer that treats every channel alike: it runs on the active ones as it is."""
+        x, after = node.args[0], self.layouts.of(node)
+        assert isinstance(x, fx.Node) and after is not None and after.key == layout.key
+        self.state[node] = after
         return self._apply_gain(node, self.module(self.name(node), module, (self.env[x],)))
 
     def _ready(self, layout: Layout) -> bool:

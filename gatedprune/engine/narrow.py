@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import channel_gain, masked_norm, per_row, subsample
+from ..functional import channel_gain, per_row, subsample
 from ..gates import Gate
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -33,7 +33,6 @@ __all__ = [
     "MaxPool2d",
     "NarrowAffine",
     "NarrowConv2d",
-    "NarrowGroupNorm",
     "NarrowLinear",
     "Selector",
     "Take",
@@ -326,80 +325,24 @@ class NarrowAffine(nn.Module):
         return (y, subsample(y)) if self.subsample else y
 
 
-class NarrowGroupNorm(nn.Module):
-    """A group norm over the active groups of ``size`` channels each; weight and bias are (C,) or None."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, size: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-        super().__init__()
-        self.size, self.eps = size, eps
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        # One group of all channels: its statistics are the active ones'.
-        y = F.group_norm(x, max(1, x.shape[1] // self.size), eps=self.eps)
-        view = (x.shape[0], x.shape[1], *[1] * (x.dim() - 2))
-        if self.weight is not None:
-            y.mul_(per_row(self.weight[index], x.shape[0]).view(view))
-        if self.bias is not None:
-            y.add_(per_row(self.bias[index], x.shape[0]).view(view))
-        return y
-
-
-class NarrowLayerNorm(nn.Module):
-    """A layer or RMS norm over the last dimension, with the statistics of the active channels; weight, bias: (C,)."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool) -> None:
-        super().__init__()
-        self.eps, self.centred = eps, centred
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) if self.centred else F.rms_norm(x, x.shape[-1:], eps=self.eps)
-        view = (x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
-        if self.weight is not None:
-            y = y * per_row(self.weight[index], x.shape[0]).view(view)
-        if self.bias is not None:
-            y = y + per_row(self.bias[index], x.shape[0]).view(view)
-        return y
-
-
-class MaskedNorm(nn.Module):
-    """The same on a full tensor, where it could not be kept narrow."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, dim: int, **options: Any) -> None:
-        super().__init__()
-        self.dim, self.options = dim, options
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return masked_norm(x, mask, self.dim, self.weight, self.bias, **self.options)
-
-
 class Widen(nn.Module):
-    """Back to all channels: suppressed ones are zero."""
+    """Back to all channels: suppressed ones are zero. ``dim`` 0: channels that are folded into the batch."""
 
     def __init__(self, dim: int, channels: int) -> None:
         super().__init__()
         self.dim, self.channels = dim, channels
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        if self.dim == 0:
+            return self._widen(x.unflatten(0, (-1, index.shape[1])), index, 1).flatten(0, 1)
+        return self._widen(x, index, self.dim)
+
+    def _widen(self, x: Tensor, index: Tensor, dim: int) -> Tensor:
         shape = list(x.shape)
-        shape[self.dim] = self.channels
+        shape[dim] = self.channels
         out, index = x.new_zeros(shape), per_row(index, x.shape[0])
         for b in range(x.shape[0]):
-            out[b].index_copy_(self.dim - 1, index[b], x[b])
+            out[b].index_copy_(dim - 1, index[b], x[b])
         return out
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine import narrow
+from ..engine import narrow, narrow_norms
 from ..functional import per_row, subsample
 
 __all__ = ["batched"]
@@ -207,12 +207,12 @@ class Selector(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """`narrow.NarrowGroupNorm`."""
+    """`narrow_norms.NarrowGroupNorm`."""
 
     weight: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, layer: narrow.NarrowGroupNorm) -> None:
+    def __init__(self, layer: narrow_norms.NarrowGroupNorm) -> None:
         super().__init__()
         self.size, self.eps = layer.size, layer.eps
         weight: Tensor | None = layer.weight
@@ -238,9 +238,14 @@ class Widen(nn.Module):
         self.dim, self.channels = layer.dim, layer.channels
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        if self.dim == 0:
+            return self._widen(x.unflatten(0, (-1, index.shape[1])), index, 1).flatten(0, 1)
+        return self._widen(x, index, self.dim)
+
+    def _widen(self, x: Tensor, index: Tensor, dim: int) -> Tensor:
         shape = list(x.shape)
-        shape[self.dim] = self.channels
-        return x.new_zeros(shape).scatter(self.dim, _spread(index, x, self.dim), x)
+        shape[dim] = self.channels
+        return x.new_zeros(shape).scatter(dim, _spread(index, x, dim), x)
 
 
 class AddInto(nn.Module):
@@ -273,7 +278,7 @@ def batched(root: nn.Module, graph: Any, batch: int | None) -> None:
     simple: dict[type, Callable[[Any], nn.Module]] = {
         narrow.NarrowAffine: Affine,
         narrow.Selector: Selector,
-        narrow.NarrowGroupNorm: GroupNorm,
+        narrow_norms.NarrowGroupNorm: GroupNorm,
         narrow.Widen: Widen,
         narrow.AddInto: AddInto,
     }

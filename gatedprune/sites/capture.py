@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ConfigError, ModelError
-from .rewrites import join_rms_norms
+from .rewrites import join_response_norms, join_rms_norms, replace_overwritten
 
 __all__ = [
     "GATING_STATE",
@@ -134,7 +134,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
     captured = program.module(check_guards=False) if "check_guards" in takes else program.module()
     _inline_contexts(captured)
     _name_modules_once(model, captured)
+    replace_overwritten(captured)
     join_rms_norms(captured)
+    join_response_norms(captured)
     return captured
 
 

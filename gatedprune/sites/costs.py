@@ -40,7 +40,10 @@ def layer_costs(flow: Flow, roots: Mapping[str, np.ndarray], path: Callable[[fx.
 
     written: dict[fx.Node, dict[str, float]] = defaultdict(dict)
     read: dict[fx.Node, dict[str, float]] = defaultdict(dict)
-    for side, uses in ((written, (flow.producers, flow.carriers, flow.mixers)), (read, (flow.consumers,))):
+    for side, uses in (
+        (written, (flow.producers, flow.carriers, flow.mixers, flow.through)),
+        (read, (flow.consumers,)),
+    ):
         for use in (u for group in uses for u in group if u.node in flow.macs):
             side[use.node].update(shares(use))
     return tuple(

@@ -92,7 +92,8 @@ class _Discovery:
         self.pinned = flow.units.pinned()
         self.joined = {r for join in flow.joins for r in flow.units.find(join.labels).tolist()}
         self.skipped: dict[str, str] = {}
-        kinds = (flow.producers, flow.carriers, flow.consumers, flow.mixers, flow.norms)
+        # What passes channels through comes last: it has no weights for them, and is no part of a unit's signature.
+        kinds = (flow.producers, flow.carriers, flow.consumers, flow.mixers, flow.norms, flow.through)
         self.kinds = {id(uses): kind for kind, uses in enumerate(kinds)}
         self.found = [[flow.units.find(use.labels) for use in uses] for uses in kinds]
         self.signatures = self._signatures()
@@ -136,7 +137,7 @@ class _Discovery:
         tensor keeps the same number of channels for every sample.
         """
         out: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-        for kind, uses in enumerate(self.found):
+        for kind, uses in enumerate(self.found[:-1]):
             for i, labels in enumerate(uses):
                 roots, counts = np.unique(labels, return_counts=True)
                 entries = {count: (kind, i, count) for count in distinct(counts).tolist()}
@@ -150,8 +151,10 @@ class _Discovery:
     def _uses(self, uses: list[Use], roots: np.ndarray) -> list[tuple[Use, np.ndarray]]:
         """The uses that touch the site, each with its channel → unit map."""
         kind = self.kinds[id(uses)]
-        # What touches one unit of a site touches all of them (see `_signatures`).
-        hits = [i for k, i, _ in self.signatures[int(roots[0])] if k == kind]
+        if uses is self.flow.through:
+            hits = [i for i, labels in enumerate(self.found[kind]) if np.isin(labels, roots).any()]
+        else:  # what touches one unit of a site touches all of them (see `_signatures`)
+            hits = [i for k, i, _ in self.signatures[int(roots[0])] if k == kind]
         return [(uses[i], self._units(self.found[kind][i], roots)) for i in hits]
 
     def _units(self, found: np.ndarray, roots: np.ndarray) -> np.ndarray:
@@ -163,13 +166,13 @@ class _Discovery:
 
     def _nodes(self, roots: np.ndarray) -> list[fx.Node]:
         flow = self.flow
-        kinds = (flow.producers, flow.carriers, flow.consumers, flow.mixers)
+        kinds = (flow.producers, flow.carriers, flow.consumers, flow.mixers, flow.through)
         return [u.node for uses in kinds for u, _ in self._uses(uses, roots)]
 
     def _macs(self, roots: np.ndarray) -> int:
         """Dense MACs of the site's layers, each for the share of its channels that belongs to the site."""
         flow, share = self.flow, dict.fromkeys(self.flow.macs, 0.0)
-        for uses in (flow.producers, flow.carriers, flow.consumers, flow.mixers):
+        for uses in (flow.producers, flow.carriers, flow.consumers, flow.mixers, flow.through):
             for use, units in self._uses(uses, roots):
                 if use.node in share:
                     share[use.node] = max(share[use.node], float((units >= 0).mean()))
@@ -253,7 +256,7 @@ class _Discovery:
             shape = self.flow.shape(value)
             if len(shape) < 2 or shape[0] != self.flow.batch:
                 continue
-            if value is producer.args[0]:
+            if self._reads(producer, value):
                 return path, value, len(shape) - 1 if operators.op_name(producer.target) == "linear" else 1
             labels = self.flow.labelled(value)
             varying = (
@@ -262,6 +265,13 @@ class _Discovery:
             if len(varying) == 1 and varying[0] > 0:
                 return path, value, varying[0]
         raise _Skip("its input cannot be seen at the border of a module that runs once on one value")
+
+    def _reads(self, producer: fx.Node, value: fx.Node) -> bool:
+        """Whether the layer reads the value itself, or what padding and the like make of it: in the same dimension."""
+        source: Any = producer.args[0]
+        while source is not value and operators.op_name(source.target) in operators.KEEPS_CHANNELS:
+            source = source.args[0]
+        return source is value
 
     def _norms(self, roots: np.ndarray) -> tuple[NormAt, ...]:
         """The layer norms over the site's channels; they must be all of the norm's."""
@@ -324,6 +334,8 @@ class _Discovery:
         dims = [d for d, s in enumerate(small.shape) if s > 1]
         if len(dims) != 1:
             raise _Skip("its channels are spread over several dimensions of a tensor")
+        if dims[0] == 0:
+            raise _Skip("its channels are folded into the batch where a gate would have to touch them")
         units = self._units(small.reshape(-1), roots)
         return dims[0], None if identity_units(units, len(roots)) else torch.from_numpy(units)
 

@@ -24,8 +24,9 @@ class Flow:
 
     ``values`` maps each tensor node to its labels, to `Const`, or to a plain value. ``macs`` holds the dense MACs per
     sample of layers and of products of two activations; ``mixers`` are those products that work on attention heads;
-    ``norms`` take their statistics over all channels of a site. Additions are ``joins``, but those at the nodes
-    ``merges`` unite what they add: ``merged``.
+    ``norms`` take their statistics over all channels of a site. ``through`` are operators with MACs of their own that
+    channels pass through: they work on places, in every channel alike, and have no weights for channels. Additions are
+    ``joins``, but those at the nodes ``merges`` unite what they add: ``merged``.
     """
 
     graph_module: fx.GraphModule
@@ -39,6 +40,7 @@ class Flow:
     macs: dict[fx.Node, int] = field(default_factory=dict)
     mixers: list[Use] = field(default_factory=list)
     norms: list[Use] = field(default_factory=list)
+    through: list[Use] = field(default_factory=list)
     merges: frozenset[fx.Node] = frozenset()
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:

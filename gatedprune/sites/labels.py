@@ -169,6 +169,20 @@ class Units:
         first = rows.max(axis=1, keepdims=True)
         self.union(np.broadcast_to(first, rows.shape), rows)
 
+    def settle(self, labels: Tensor, dims: tuple[int, ...]) -> bool:
+        """Make labels constant along ``dims``, which an operator runs over; False where all channels lie there.
+
+        Where labels vary along other dimensions too (heads, the branches of split attention), what meets in the
+        operator can only be removed together: it is united.
+        """
+        roots, over = self.varying(labels), {d % labels.dim() for d in dims}
+        if all(roots.shape[d] == 1 for d in over):
+            return True
+        if all(s == 1 for d, s in enumerate(roots.shape) if d not in over):
+            return False
+        self.unite_within(labels, dims)
+        return True
+
     def along(self, labels: Tensor, dim: int) -> np.ndarray:
         """One representative per position of ``dim``; labels that share a position are united.
 

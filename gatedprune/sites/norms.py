@@ -1,4 +1,4 @@
-"""Layer norms inside a site: where they can be computed over the active channels only."""
+"""Norms over the channels of a site: where they can be computed over the active channels only."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ NORMS = frozenset(["batch_norm", "group_norm", "layer_norm", "rms_norm"])
 LayoutOf = Callable[[fx.Node], "tuple[int, Tensor | None]"]
 
 
-def norm_options(node: fx.Node) -> tuple[Any, Any, float, bool, bool]:
-    """(weight, bias, eps, spatial, centred) of a layer, RMS or group norm node."""
+def norm_options(node: fx.Node) -> tuple[Any, Any, float, str]:
+    """(weight, bias, eps, kind) of a layer, RMS, group or response norm node (see `NormAt`)."""
     name = op_name(node.target)
+    if name == "response_norm":
+        given: Any = node.args[1:4]
+        return *given, "response"
     values: list[Any] = [*node.args[2:], *[None] * 3]
     if name == "rms_norm":
         weight, bias, eps = values[0], None, values[1]
@@ -31,7 +34,7 @@ def norm_options(node: fx.Node) -> tuple[Any, Any, float, bool, bool]:
     if eps is None:
         # An RMS norm without ε takes the data type's.
         eps = np.finfo(np.float32).eps if name == "rms_norm" else 1e-5
-    return weight, bias, float(eps), name == "group_norm", name != "rms_norm"
+    return weight, bias, float(eps), name.removesuffix("_norm")
 
 
 def past_movement(value: fx.Node, boundaries: Boundaries) -> fx.Node:
@@ -55,10 +58,10 @@ def norm_at(flow: Flow, boundaries: Boundaries, node: fx.Node, layout: LayoutOf)
     if flow.shape(source) != flow.shape(out) or flow.labelled(source) is None:
         return "it passes through a norm whose module re-arranges its channels"
     (dim, units), (out_dim, _) = layout(source), layout(out)
-    weight, bias, eps, spatial, centred = norm_options(node)
+    weight, bias, eps, kind = norm_options(node)
     parameters = [p for p in (weight, bias) if isinstance(p, fx.Node)]
     if dim != out_dim or any(p.op != "get_attr" for p in parameters):
         return "it passes through a norm whose parameters are computed"
     names = [None if p is None else str(p.target) for p in (weight, bias)]
     outputs = tuple(Attach(p, side, dim, units) for p, side in places)
-    return NormAt(Attach(path, "input", dim, units), outputs, names[0], names[1], eps, spatial, centred)
+    return NormAt(Attach(path, "input", dim, units), outputs, names[0], names[1], eps, kind)

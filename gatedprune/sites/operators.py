@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["BINARY", "ELEMENTWISE", "MOVEMENT", "OVER_DIM", "REDUCTION", "SPATIAL", "ZERO_AT_ZERO", "op_name"]
+__all__ = [
+    "BINARY",
+    "ELEMENTWISE",
+    "KEEPS_CHANNELS",
+    "MOVEMENT",
+    "OVER_DIM",
+    "REDUCTION",
+    "SPATIAL",
+    "ZERO_AT_ZERO",
+    "op_name",
+]
 
 
 def op_name(target: Any) -> str:
@@ -38,7 +48,7 @@ MOVEMENT = _words("""
     view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T flatten unflatten squeeze unsqueeze
     expand expand_as slice select narrow split split_with_sizes chunk tensor_split unbind roll flip
     pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle repeat tile movedim swapaxes swapdims
-    unsafe_split unsafe_chunk diagonal repeat_interleave
+    unsafe_split unsafe_chunk diagonal repeat_interleave unfold
 """)
 # Per channel, over the places of a (B, C, ...) map; zero maps to zero.
 SPATIAL = _words("""
@@ -48,6 +58,8 @@ SPATIAL = _words("""
     _upsample_bicubic2d_aa upsample_linear1d upsample_trilinear3d _upsample_nearest_exact2d reflection_pad2d
     replication_pad2d grid_sampler grid_sampler_2d
 """)
+# Channel j of the result is made of channel j of the first argument, in the same dimension.
+KEEPS_CHANNELS = ELEMENTWISE | SPATIAL | _words("pad constant_pad_nd")
 REDUCTION = _words("""
     mean sum amax amin var std norm linalg_vector_norm max min prod var_mean logsumexp
 """)

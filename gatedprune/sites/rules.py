@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map
 
+from . import attention_rules, norm_rules
 from .capture import concrete
 from .labels import WILD, Const, Join, Use, compress, distinct, number_pairs, rebroadcast
 from .operators import BINARY, ELEMENTWISE, MOVEMENT, OVER_DIM, REDUCTION, SPATIAL, op_name
@@ -122,8 +123,8 @@ def _pair(flow: Flow, node: fx.Node, a: Tensor, b: Tensor, joins: bool) -> Tenso
         return (b if alone_a else a).expand(shape)
     ca, cb = torch.broadcast_tensors(ca, cb)
     ra, rb = flow.units.find(ca), flow.units.find(cb)
-    if np.array_equal(ra, rb):
-        return ca.expand(shape)
+    if ((ra == rb) | (ra == WILD) | (rb == WILD)).all():
+        return torch.from_numpy(np.where(ra == WILD, rb, ra)).expand(shape)
     permuted = np.array_equal(distinct(ra), distinct(rb))  # x·cos + rotated(x)·sin, not a residual addition
     if not joins or permuted:
         flow.units.union(ra, rb)
@@ -213,7 +214,7 @@ def _reduction(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if not isinstance(val, Tensor):
         return NotImplemented
     dims = _reduced_dims(node, args, kwargs, x.dim())
-    if not _settle(flow, x, dims):
+    if not flow.units.settle(x, dims):
         return NotImplemented
     out, _ = flow.units.reduce(x, dims)
     shape = flow.shape(node)
@@ -226,40 +227,7 @@ def _over_dim(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     x, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", -1)
     if not isinstance(node.meta["val"], Tensor) or not isinstance(dim, int):
         return NotImplemented
-    return x if _settle(flow, x, (dim,)) else NotImplemented
-
-
-def _settle(flow: Flow, x: Tensor, dims: tuple[int, ...]) -> bool:
-    """Make labels constant along ``dims``, which an operator runs over; False where all channels there are lie there.
-
-    Where labels vary along other dimensions too (heads, the branches of split attention), what meets in the operator
-    can only be removed together: it is united.
-    """
-    roots, over = flow.units.varying(x), {d % x.dim() for d in dims}
-    if all(roots.shape[d] == 1 for d in over):
-        return True
-    if all(s == 1 for d, s in enumerate(roots.shape) if d not in over):
-        return False
-    flow.units.unite_within(x, dims)
-    return True
-
-
-def _batch_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    labels = flow.units.along(args[0], 1)
-    flow.carry(node, labels)
-    return flow.spread(labels, 1, flow.shape(node))
-
-
-def _group_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """Channels of a group share their statistics: whole groups are suppressed, and the others do not notice."""
-    x, groups = args[0], args[1]
-    if groups < 2:
-        return _norm_over_site(flow, node, x, 1)
-    labels = flow.units.along(x, 1).reshape(groups, -1)
-    flow.units.union(np.broadcast_to(labels[:, :1], labels.shape), labels)
-    labels = flow.units.find(labels.ravel())
-    flow.carry(node, labels)
-    return flow.spread(labels, 1, flow.shape(node))
+    return x if flow.units.settle(x, (dim,)) else NotImplemented
 
 
 def _convolution(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -275,6 +243,9 @@ def _convolution(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     taps = math.prod(weight.shape[2:])
     places = x.shape[0] * math.prod(x.shape[2:] if transposed else shape[2:])
     flow.macs[node] = places * taps * c_out * c_in // groups // flow.batch
+    shared = _shared_between_heads(flow, node, x) if groups == c_in == c_out else None
+    if shared is not None:
+        return shared.expand(shape)
     read = flow.units.along(x, 1)
     if groups == 1:
         flow.consume(node, read)
@@ -294,6 +265,18 @@ def _convolution(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     return flow.spread(labels, 1, shape)
 
 
+def _shared_between_heads(flow: Flow, node: fx.Node, x: Tensor) -> Tensor | None:
+    """Labels of a depthwise convolution's result where heads are folded into the batch: each keeps its own channels.
+
+    All of them have the same weights, so that no weight is cut. None where nothing is folded.
+    """
+    roots = flow.units.varying(x)
+    if roots.shape[0] == 1 or any(s > 1 for s in roots.shape[2:]):
+        return None
+    flow.through.append(Use(node, np.unique(roots)))
+    return torch.from_numpy(roots)
+
+
 def _linear(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     x, weight = args[0], args[1]
     if isinstance(weight, Tensor) or not isinstance(x, Tensor) or len(weight.shape) != 2:
@@ -301,109 +284,10 @@ def _linear(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     shape = flow.shape(node)
     flow.macs[node] = math.prod(shape) * weight.shape[1] // flow.batch
     if _over_places(flow, x):
+        flow.through.append(Use(node, np.unique(flow.units.varying(x))))
         return rebroadcast(x).narrow(-1, 0, 1).expand(shape)
     flow.consume(node, flow.units.along(x, -1))
     return flow.spread(flow.produce(node, weight.shape[0]), len(shape) - 1, shape)
-
-
-def _layer_norm(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """Normalised over its last dimensions: what is normalised together within a head or a group goes together."""
-    x, shape = args[0], args[1]
-    if _settle(flow, x, tuple(range(x.dim() - len(shape), x.dim()))):
-        return x
-    if len(shape) == 1 and flow.units.varying(x).shape[-1] == x.shape[-1]:
-        return _norm_over_site(flow, node, x, -1)
-    return NotImplemented
-
-
-def _norm_over_site(flow: Flow, node: fx.Node, x: Tensor, dim: int) -> Tensor:
-    """One set of statistics over all channels: of those that are active, if they all belong to one site."""
-    labels = flow.units.along(x, dim)
-    flow.carry(node, labels)
-    flow.norms.append(Use(node, labels))
-    return flow.spread(labels, dim % x.dim(), flow.shape(node))
-
-
-def _attend(flow: Flow, a: Tensor, b: Tensor) -> Tensor | None:
-    """Heads: labels vary along the leading dimensions of a product; everything inside one head goes together.
-
-    Returns the heads' labels with the last two dimensions cut to length 1; None where there are no heads.
-    """
-    rank = max(a.dim(), b.dim())
-    a, b = (t.view((1,) * (rank - t.dim()) + t.shape) for t in (a, b))
-    varies = [flow.units.varying(t).shape[:-2] for t in (a, b)]
-    if not any(s > 1 for shape in varies for s in shape):
-        return None
-    for t in (a, b):
-        flow.units.unite_within(t, (-2, -1))
-    tops = [torch.from_numpy(flow.units.find(compress(t)).max(axis=(-2, -1), keepdims=True)) for t in (a, b)]
-    wide = torch.broadcast_shapes(tops[0].shape, tops[1].shape)
-    shared = [any(top.shape[d] == 1 and wide[d] > 1 for d in range(rank - 2)) for top in tops]
-    for top, is_shared in zip(tops, shared, strict=True):
-        if is_shared:
-            flow.units.pin(top, "it is shared between attention heads")
-    if shared[0] != shared[1]:
-        return tops[0 if shared[1] else 1]
-    first, second = (t.expand(wide).contiguous() for t in tops)
-    flow.units.union(first, second)
-    return torch.where(first == WILD, second, first)
-
-
-def _matmul(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    a, b = args[0], args[1]
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or min(a.dim(), b.dim()) < 2:
-        return NotImplemented
-    shape = flow.shape(node)
-    flow.macs[node] = math.prod(shape) * a.shape[-1] // flow.batch
-    heads = _attend(flow, a, b)
-    if heads is not None:
-        flow.mixers.append(Use(node, heads.numpy().ravel()))
-        return heads.expand(shape)
-    va, vb = flow.units.varying(a), flow.units.varying(b)
-    if va.shape[-1] > 1 or vb.shape[-2] > 1:
-        return NotImplemented  # a sum over channels
-    if va.shape[-2] > 1 and vb.shape[-1] > 1:
-        return NotImplemented
-    if vb.shape[-1] > 1:
-        _forget(flow, va)
-        return torch.from_numpy(vb).view((1,) * (len(shape) - vb.ndim) + vb.shape).expand(shape)
-    if va.shape[-2] > 1:
-        _forget(flow, vb)
-        return torch.from_numpy(va).view((1,) * (len(shape) - va.ndim) + va.shape).expand(shape)
-    return NotImplemented
-
-
-def _forget(flow: Flow, roots: np.ndarray) -> None:
-    flow.units.pin(roots, "its product with other channels mixes them")
-
-
-def _attention(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    q, k, v = args[:3]
-    if not all(isinstance(t, Tensor) and t.dim() >= 3 for t in (q, k, v)) or kwargs.get("enable_gqa"):
-        return NotImplemented
-    shape = flow.shape(node)
-    flow.macs[node] = (math.prod(q.shape) + math.prod(shape)) * k.shape[-2] // flow.batch
-    scores = _attend(flow, q, k.transpose(-2, -1))
-    if scores is None:
-        return _single_head(flow, q, k, v, shape)
-    heads = _attend(flow, scores.expand(*scores.shape[:-2], q.shape[-2], k.shape[-2]), v)
-    if heads is None:
-        return NotImplemented
-    mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-    if isinstance(mask, Tensor):
-        flow.units.pin(compress(mask), "it is added to attention scores")
-    flow.mixers.append(Use(node, heads.numpy().ravel()))
-    return heads.expand(shape)
-
-
-def _single_head(flow: Flow, q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, ...]) -> Any:
-    """Attention with one head: queries and keys are summed over, but the values' channels pass through."""
-    _forget(flow, compress(q).numpy())
-    _forget(flow, compress(k).numpy())
-    values = flow.units.varying(v)
-    if values.shape[-2] > 1:
-        return NotImplemented
-    return torch.from_numpy(values).expand(shape)
 
 
 def _nothing(flow: Flow, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -434,19 +318,21 @@ _RULES: dict[str, Rule] = {
         ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution
     ),
     "linear": _linear,
-    "batch_norm": _batch_norm,
-    "group_norm": _group_norm,
+    "batch_norm": norm_rules.batch_norm,
+    "group_norm": norm_rules.group_norm,
     "cat": _cat,
     "concat": _cat,
     "stack": _stack,
     "pad": _pad,
     "constant_pad_nd": _pad,
     "getitem": _getitem,
-    "layer_norm": _layer_norm,
-    "rms_norm": _layer_norm,
-    "matmul": _matmul,
-    "bmm": _matmul,
-    "scaled_dot_product_attention": _attention,
+    "layer_norm": norm_rules.layer_norm,
+    "rms_norm": norm_rules.layer_norm,
+    "response_norm": norm_rules.response_norm,
+    "matmul": attention_rules.matmul,
+    "bmm": attention_rules.matmul,
+    "einsum": attention_rules.einsum,
+    "scaled_dot_product_attention": attention_rules.attention,
     **dict.fromkeys(
         ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size"), _nothing
     ),

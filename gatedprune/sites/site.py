@@ -45,12 +45,12 @@ class Attach:
 
 @dataclass(frozen=True, eq=False)
 class NormAt:
-    """A layer norm over all channels of a site, to be computed over the active ones only.
+    """A norm over all channels of a site, to be computed over the active ones only.
 
     Attributes:
         source: Where its input can be seen. outputs: where its output can be replaced.
         weight, bias: Names of its parameters in the model, or None.
-        eps: Its ε. spatial: statistics over channels and places together. centred: False for an RMS norm.
+        eps: Its ε. kind: "layer", "rms", "group" or "response" (see `gatedprune.functional.masked_norm`).
     """
 
     source: Attach
@@ -58,8 +58,7 @@ class NormAt:
     weight: str | None
     bias: str | None
     eps: float
-    spatial: bool
-    centred: bool
+    kind: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,8 @@ __all__ = ["removed"]
 
 # Where a norm alone reads a layer, the gain is multiplied on the norm's output.
 _NORMS = ("batch_norm", "group_norm", "layer_norm", "rms_norm")
+# Statistics over several channels.
+_ACROSS = ("group_norm", "layer_norm", "rms_norm", "response_norm")
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _LIMIT_S = 20.0  # torch-pruning never ends on some attention models, the smallest of them take it under 1 s else
 
@@ -172,7 +174,7 @@ def _cut_norms(model: nn.Module, chosen: dict[str, _Choice]) -> None:
     alive: dict[str, Tensor] = {}
     for choice in chosen.values():
         for edge in choice.site.carriers:
-            if edge.op in _NORMS and edge.op != "batch_norm":
+            if edge.op in _ACROSS:
                 stays = choice.alive[edge.units.cpu()]
                 alive[edge.path] = alive.get(edge.path, torch.ones_like(stays)) & stays
     for path, stays in alive.items():
@@ -197,7 +199,7 @@ class _CutNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first = isinstance(self.norm, nn.GroupNorm) or "2d" in type(self.norm).__name__.lower()
-        dim = 1 if first else x.dim() - 1
+        dim = 1 if first or x.shape[-1] != self.channels else x.dim() - 1
         kept = self.kept.to(x.device)
         y = self.norm(x.index_select(dim, kept))
         return y.new_zeros(x.shape).index_copy(dim, kept, y)

@@ -124,7 +124,7 @@ class _Renorm:
         ones = torch.ones_like(gate.last_active, dtype=x.dtype)
         mask = channel_gain(ones, gate.last_active, norm.source.units, gate.channels)
         dim = norm.source.channel_dim
-        y = masked_norm(x, mask, dim, weight, bias, norm.eps, spatial=norm.spatial, centred=norm.centred)
+        y = masked_norm(x, mask, dim, weight, bias, norm.eps, norm.kind)
         if len(norm.outputs) > 1:
             self.result = y
         return y

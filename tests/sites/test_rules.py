@@ -285,3 +285,39 @@ def test_heads_take_the_gain_where_they_are_read() -> None:
 
     (site,) = sites(forward, qkv=nn.Linear(3, 96), act=nn.ReLU(), proj=nn.Linear(32, 8))
     assert (site.channels, [(at.path, at.side) for at in site.gain_at]) == (4, [("proj", "input")])
+
+
+def test_a_gate_sees_what_a_layer_pads_itself() -> None:
+    class Same(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+    (site,) = sites(lambda m, x: m.last(m.first(x).relu()), first=Same(3, 16, 3), last=conv(16, 4))
+    assert (site.name, site.gate_at.path, site.gate_at.channel_dim, site.in_channels) == ("first", "first", 1, 3)
+
+
+def test_layers_over_places_cost_less_with_fewer_channels() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        u, v = net.first(x.flatten(2).transpose(1, 2)).mul(0.5).tanh().chunk(2, -1)
+        v = net.places(net.norm(v).transpose(1, 2))
+        return net.last(u * v.transpose(1, 2))
+
+    first, norm = nn.Linear(3, 32), nn.LayerNorm(16)
+    report = sites(forward, first=first, norm=norm, places=nn.Linear(256, 256), last=nn.Linear(16, 4))
+    (site,) = report
+    assert (site.channels, units(site, "first")) == (16, [*range(16), *range(16)])
+    assert [norm.kind for norm in site.norms] == ["layer"]
+    (places,) = (layer for layer in report.layers if layer.path == "places")
+    assert (places.writes, places.reads, places.macs) == ({"first": 1.0}, {}, 16 * 256 * 256)
+    assert report.macs_in_sites == report.macs == site.macs
+
+
+def test_of_single_head_attention_the_values_product_shrinks() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        return net.last(F.scaled_dot_product_attention(net.q(x), net.k(x), net.v(x)))
+
+    report = sites(forward, q=nn.Linear(3, 8), k=nn.Linear(3, 8), v=nn.Linear(3, 24), last=nn.Linear(24, 4))
+    assert [site.name for site in report] == ["v"]
+    (product,) = (layer for layer in report.layers if layer.op == "scaled_dot_product_attention")
+    assert product.writes == {"v": 0.75}
