@@ -139,7 +139,10 @@ class Case:
 
     @cached_property
     def _excited(self) -> GatedModel:
-        gated = self.untouched()
+        gated = self._wrapped[1]
+        # With the parameters of the backbone in common: nobody changes either, and a large model has many.
+        backbone = {id(p): p for name, p in gated.named_parameters() if not name.startswith("gatedprune.")}
+        gated = copy.deepcopy(gated, backbone)
         gated.set_ratio(self.ratio)
         return excite(gated, self._args)
 
