@@ -19,7 +19,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = {path: (type(m), m, _attributes(m)) for path, m in model.named_modules(remove_duplicate=False)}
-        self.state = {key: _digest(value) for key, value in model.state_dict().items()}
+        self.digests = {key: _digest(value) for key, value in model.state_dict().items()}
         self.gradients = {name: p.requires_grad for name, p in model.named_parameters()}
 
     def differences(self, model: nn.Module) -> list[str]:
@@ -37,10 +37,10 @@ class Snapshot:
                     found.append(f"{where} is of class {type(now[path]).__name__}, was {kind.__name__}")
                 found += [f"{where}: {line}" for line in _compare(attributes, _attributes(now[path]))]
         state = model.state_dict()
-        if list(state) != list(self.state):
-            found.append(f"state-dict keys differ: {sorted(state.keys() ^ self.state.keys())[:5]}")
+        if list(state) != list(self.digests):
+            found.append(f"state-dict keys differ: {sorted(state.keys() ^ self.digests.keys())[:5]}")
         found += [
-            f"tensor {key} changed" for key in self.state if key in state and self.state[key] != _digest(state[key])
+            f"tensor {key} changed" for key in self.digests if key in state and self.digests[key] != _digest(state[key])
         ]
         found += [
             f"requires_grad of {n} changed"
