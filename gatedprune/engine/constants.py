@@ -76,11 +76,14 @@ class Constants:
         return users[0] if self.affine(users[0]) is not None else None
 
     def layer(self, node: fx.Node, norm: fx.Node | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a convolution or linear node, with ``norm`` folded in (in float64, then rounded once)."""
+        """Weight and bias of a convolution or linear node, with ``norm`` folded in (in float64, then rounded once).
+
+        Without a norm they are the source model's own: nothing changes either, and a large model has many.
+        """
         weight = self.value(node.args[1])
         bias = self.value(node.args[2]) if len(node.args) > 2 else self.value(node.kwargs.get("bias"))
         if norm is None:
-            return weight.clone(), None if bias is None else bias.clone()
+            return weight.contiguous(), None if bias is None else bias.contiguous()
         affine = self.affine(norm)
         assert affine is not None
         scale, shift = affine

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ def _options(limit: float) -> Callable[[Any], Any]:
         for name, settings in (
             ("--data", {"type": click.Path(path_type=Path), "default": DATA, "help": "Folder of the tables."}),
             ("--seconds", {"default": limit, "help": "Time limit for each model."}),
+            ("--memory", {"default": 12.0, "help": "Memory limit for each model, in GiB (on Linux)."}),
             ("--shard", {"type": _Shard(), "default": "0/1", "help": "Run every N-th model, from the I-th."}),
             ("--only", {"default": "*", "help": "Models or families whose name fits this pattern."}),
             ("--again", {"is_flag": True, "help": "Run also what has a row already."}),
@@ -63,7 +66,7 @@ def _options(limit: float) -> Callable[[Any], Any]:
 
 
 @main.command()
-@_options(120.0)
+@_options(300.0)
 def families(**options: Any) -> None:
     """The contract suite on the smallest model of each family."""
     _sweep("families", family_job, smallest, **options)
@@ -89,7 +92,7 @@ def page(data: Path, out: Path) -> None:
 
 
 def _sweep(name: str, job: Job, choose: Callable[[list[Entry]], list[Entry]], *, data: Path, seconds: float,
-           shard: tuple[int, int], only: str, again: bool, failed: bool) -> None:  # fmt: skip
+           memory: float, shard: tuple[int, int], only: str, again: bool, failed: bool) -> None:  # fmt: skip
     data.mkdir(parents=True, exist_ok=True)
     table = Table(data / f"{name}.jsonl")
     entries = choose(catalogue(data / "timm.json"))[shard[0] :: shard[1]]
@@ -98,7 +101,8 @@ def _sweep(name: str, job: Job, choose: Callable[[list[Entry]], list[Entry]], *,
         rows, again = table.rows(), True
         chosen = [e for e in chosen if e.model in rows and not _succeeded(rows[e.model])]
     warm_up()
-    count = run_all(job, chosen, table, seconds=seconds, facts=_versions(), again=again, report=_say)
+    count = run_all(job, chosen, table, seconds=seconds, gibibytes=memory, facts=_versions(), again=again,
+                    report=_Progress())  # fmt: skip
     click.echo(f"{count} run, {len(chosen) - count} of {len(chosen)} were done before; rows in {table.path}")
 
 
@@ -107,11 +111,25 @@ def _succeeded(row: Record) -> bool:
     return "error" not in row and all(c["outcome"] in ("pass", "left out") for c in checks)
 
 
-def _say(row: Record) -> None:
-    checks = row.get("checks", {})
-    bad = [f"{name} {check['outcome']}" for name, check in checks.items() if check["outcome"] in ("fail", "no time")]
-    parts = [f"{row['family']:24} {row['model']:40}", f"{row.get('sites', '–'):>4} sites", f"{row['seconds']:6.1f} s"]
-    click.echo("  ".join([*parts, row.get("error", "")[:200], ", ".join(bad)]).rstrip())
+class _Progress:
+    """A line for each model that is done: how many there are, and how long the rest takes at this pace."""
+
+    def __init__(self) -> None:
+        self.begun = time.monotonic()
+
+    def __call__(self, row: Record, done: int, of: int) -> None:
+        left = (time.monotonic() - self.begun) / done * (of - done)
+        checks = row.get("checks", {})
+        bad = [
+            f"{name} {found['outcome']}" for name, found in checks.items() if found["outcome"] in ("fail", "no time")
+        ]
+        parts = [
+            f"{done:>{len(str(of))}}/{of}, {timedelta(seconds=round(left))} left",
+            f"{row['family']:24} {row['model']:40}",
+            f"{row.get('sites', '–'):>4} sites",
+            f"{row['seconds']:6.1f} s",
+        ]
+        click.echo("  ".join([*parts, row.get("error", "")[:200], ", ".join(bad)]).rstrip())
 
 
 def _versions() -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -11,11 +12,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Job", "Record", "Table", "run_all", "run_one"]
+__all__ = ["Job", "Record", "Report", "Table", "run_all", "run_one"]
 
 Record = dict[str, Any]
 Tell = Callable[[Record], None]
-Job = Callable[[Any, Tell], None]  # (what to do, tell(facts)): facts told before a time limit strikes are kept
+Job = Callable[[Any, Tell], None]  # (what to do, tell(facts)): facts told before a limit strikes are kept
+Report = Callable[[Record, int, int], None]  # (new row, how many are done, of how many)
+_LOOK_S = 0.2  # how often the memory of a process is looked at; one that fills grows by less than 1 GiB meanwhile
 
 
 class Table:
@@ -55,8 +58,11 @@ class Table:
         os.replace(scratch, self.path)
 
 
-def run_one(job: Job, item: Any, seconds: float) -> Record:
-    """Do ``job(item, tell)`` in a process of its own: what it told, ``seconds`` and, where it failed, ``error``."""
+def run_one(job: Job, item: Any, seconds: float, gibibytes: float = math.inf) -> Record:
+    """Do ``job(item, tell)`` in a process of its own: what it told, ``seconds`` and, where it failed, ``error``.
+
+    The process is ended after that many seconds, and where more memory than ``gibibytes`` is resident (on Linux).
+    """
     # Forked, so that importing torch is paid once. The parent runs only operators on
     # the meta device and on a handful of numbers, hence has no thread pool to lose.
     context = multiprocessing.get_context("fork")
@@ -69,9 +75,14 @@ def run_one(job: Job, item: Any, seconds: float) -> Record:
     try:
         while True:
             left = begun + seconds - time.monotonic()
-            if left <= 0 or not here.poll(left):
+            if left <= 0:
                 found["error"] = f"no result within {seconds:.0f} s"
                 break
+            if _resident(process.pid) > gibibytes:
+                found["error"] = f"no result within {gibibytes:g} GiB of memory"
+                break
+            if not here.poll(min(left, _LOOK_S)):
+                continue
             facts = here.recv()
             if facts is None:
                 break
@@ -87,6 +98,15 @@ def run_one(job: Job, item: Any, seconds: float) -> Record:
     return found
 
 
+def _resident(pid: int | None) -> float:
+    """GiB of memory that a process holds, shared pages included; 0 where the system does not say."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
 def _child(job: Job, item: Any, pipe: Connection) -> None:
     try:
         job(item, pipe.send)
@@ -95,26 +115,28 @@ def _child(job: Job, item: Any, pipe: Connection) -> None:
     pipe.send(None)
 
 
-def run_all(job: Job, items: Iterable[Any], table: Table, *, seconds: float, facts: Record, again: bool = False,
-            report: Callable[[Record], None] = lambda row: None) -> int:  # fmt: skip
+def run_all(job: Job, items: Iterable[Any], table: Table, *, seconds: float, facts: Record,
+            gibibytes: float = math.inf, again: bool = False,
+            report: Report = lambda row, done, of: None) -> int:  # fmt: skip
     """Run the job on every item that has no row yet; returns how many were run.
 
     Args:
         job: See `Job`.
         items: `Entry` objects.
         table: Where rows are, and go.
-        seconds: Time limit for each.
+        seconds: Time limit for each. gibibytes: memory limit for each.
         facts: Added to every row: versions, commit.
         again: Run also what has a row.
         report: Called with each new row.
     """
-    count = 0
-    for item in items:
+    count, before = 0, table.rows()
+    waiting = [item for item in items if again or item.model not in before]
+    for number, item in enumerate(waiting, 1):
         if not again and item.model in table.rows():  # looked up each time: another shard may have done it
             continue
         row = {"model": item.model, "family": item.family, "parameters": item.parameters, **facts}
-        row.update(run_one(job, item, seconds))
+        row.update(run_one(job, item, seconds, gibibytes))
         table.append(row)
-        report(row)
+        report(row, number, len(waiting))
         count += 1
     return count

@@ -40,6 +40,7 @@ class Case:
         stream: As in `gatedprune.wrap`.
         size: Height and width of the default images, in pixels.
         name: What to call it in messages and test ids.
+        lean: Hold one compact model at a time, for models that would not fit into memory otherwise.
         oracle: The reference of contract 2: "torch-pruning", "columns" (the suppressed channels' columns are
             zeroed in
             the layers that read them) or "auto" (the first, and the second where it fails or is slow).
@@ -58,13 +59,14 @@ class Case:
         stream: bool = False,
         size: int | None = None,
         name: str = "",
+        lean: bool = False,
         oracle: str = "auto",
         **options: Any,
     ) -> None:
         if oracle not in ("auto", "torch-pruning", "columns"):
             raise ConfigError(f"`oracle` must be 'auto', 'torch-pruning' or 'columns'. Got {oracle!r}.")
         self.make, self.ratio, self.stream, self.oracle, self.options = make, ratio, stream, oracle, options
-        self._inputs, self._name, self._size = inputs, name, size
+        self._inputs, self._name, self._size, self._lean = inputs, name, size, lean
         if inputs is not None:
             self._require_samples(normalise_inputs(nn.Module(), inputs))
 
@@ -139,7 +141,10 @@ class Case:
 
     @cached_property
     def _excited(self) -> GatedModel:
-        gated = self.untouched()
+        gated = self._wrapped[1]
+        # With the parameters of the backbone in common: nobody changes either, and a large model has many.
+        backbone = {id(p): p for name, p in gated.named_parameters() if not name.startswith("gatedprune.")}
+        gated = copy.deepcopy(gated, backbone)
         gated.set_ratio(self.ratio)
         return excite(gated, self._args)
 
@@ -151,11 +156,15 @@ class Case:
     @cached_property
     def compacted(self) -> CompactModel:
         """The compact model of `gated`. Shared: do not change it."""
+        if self._lean:
+            self.__dict__.pop("compacted64", None)
         return compact(self.gated(), self._args)
 
     @cached_property
     def compacted64(self) -> CompactModel:
         """The same in float64."""
+        if self._lean and "compacted" in self.__dict__:
+            return self.__dict__.pop("compacted").double()
         return compact(self.gated(torch.float64), self.inputs(torch.float64))
 
 

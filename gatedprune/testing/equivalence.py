@@ -33,6 +33,7 @@ def check_static(case: Case) -> str:
                 f"{case.name}: sample {b} is off by {off:.1e} from the network without its suppressed "
                 f"channels ({how}){_blame(case, b)}"
             )
+        del model  # before the next: large models are large in float64
     return how
 
 

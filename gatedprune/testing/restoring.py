@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ..wrapping import is_gated, unwrap
 from .case import Case, outputs
@@ -26,8 +27,14 @@ def check_unwrap(case: Case) -> None:
 
 def check_state_dicts(case: Case) -> None:
     """Strictly: the backbone's state dict loads into a gated model and back, a gated one into its like."""
-    gated, args = case.untouched(), case.inputs()
     donor = case.another()
+    _loads_a_backbone(case, donor)
+    _gives_a_backbone(case)
+    _loads_its_like(case, donor)
+
+
+def _loads_a_backbone(case: Case, donor: nn.Module) -> None:
+    gated, args = case.untouched(), case.inputs()
     result = gated.load_state_dict(donor.state_dict(), strict=True)
     assert not result.missing_keys and not result.unexpected_keys, (
         f"{case.name}: a backbone checkpoint loads, but reports {result}"
@@ -37,12 +44,11 @@ def check_state_dicts(case: Case) -> None:
             f"{case.name}: at ratio 0, the gated model does not compute what the loaded backbone does"
         )
 
-    source = case.gated()
-    wanted = case.dense().state_dict()
-    backbone = source.backbone_state_dict()
-    assert list(backbone) == list(wanted), (
-        f"{case.name}: backbone keys differ: {sorted(backbone.keys() ^ wanted.keys())[:5]}"
-    )
+
+def _gives_a_backbone(case: Case) -> None:
+    wanted, args = list(case.dense().state_dict()), case.inputs()
+    backbone = case.gated().backbone_state_dict()
+    assert list(backbone) == wanted, f"{case.name}: backbone keys differ: {sorted(backbone.keys() ^ set(wanted))[:5]}"
     fresh = case.another()
     fresh.load_state_dict(backbone, strict=True)
     for a, b in zip(outputs(fresh, args), outputs(case.dense(), args), strict=True):
@@ -50,7 +56,9 @@ def check_state_dicts(case: Case) -> None:
             f"{case.name}: the dense model that loaded the backbone's part computes something else"
         )
 
-    other = case.untouched()
+
+def _loads_its_like(case: Case, donor: nn.Module) -> None:
+    source, other, args = case.gated(), case.untouched(), case.inputs()
     other.set_ratio(case.ratio)
     other.load_state_dict(donor.state_dict(), strict=True)  # so that what is loaded next has something to replace
     other.load_state_dict(source.state_dict(), strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gatedprune.sweep import Entry, Table, run_all
-from gatedprune.sweep.runner import Tell, run_one
+from gatedprune.sweep.runner import Tell, _resident, run_one
 
 A, B = Entry("a", "one", 1), Entry("b", "two", 2)
 
@@ -35,6 +35,22 @@ def killed(item: Any, tell: Tell) -> None:
     os._exit(7)
 
 
+def greedy(item: Any, tell: Tell) -> None:
+    tell({"sites": 3})
+    held = []
+    while True:
+        held.append(b"1" * 2**24)  # written to, hence resident
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say how much memory is held")
+def test_a_process_that_takes_too_much_memory_is_ended() -> None:
+    limit = 0.5 + _resident(os.getpid())
+    row = run_one(greedy, A, 60.0, limit)
+    assert row["error"] == f"no result within {limit:g} GiB of memory" and row["sites"] == 3 and row["seconds"] < 30
+    assert "error" not in run_one(well, A, 60.0, limit)
+
+
 @pytest.mark.parametrize(
     ("job", "error"),
     [(well, None), (slow, "no result within 1 s"), (broken, "ValueError: no good"), (killed, "exit code 7")],
@@ -49,8 +65,8 @@ def test_what_a_process_told_is_kept_whatever_its_end(job: Any, error: str | Non
 def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     table, seen = Table(tmp_path / "t.jsonl"), []
     assert run_all(well, [A], table, seconds=5, facts={"commit": "c"}) == 1
-    assert run_all(well, [A, B], table, seconds=5, facts={}, report=seen.append) == 1
-    assert [r["model"] for r in seen] == ["b"]
+    assert run_all(well, [A, B], table, seconds=5, facts={}, report=lambda *told: seen.append(told)) == 1
+    assert [(row["model"], done, of) for row, done, of in seen] == [("b", 1, 1)]
     assert table.rows()["a"] | {"seconds": 0} == {
         "model": "a", "family": "one", "parameters": 1, "commit": "c", "sites": 3, "left": 0.5, "seconds": 0,
     }  # fmt: skip
