@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from ..sites import norm_options, operators
-from . import narrow, narrow_norms
+from . import attention_handlers, narrow, narrow_norms
 from .layout import Layout
+from .operands import same, scalar, without_channels
 
 if TYPE_CHECKING:
     from .lowering import Lowering
@@ -61,7 +62,7 @@ def _norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
 
 def _group_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     """Whole groups are active or not, so that each one's statistics are what they were."""
-    layout = _same(low, node, held[0])
+    layout = same(low, node, held[0])
     rest: list[Any] = [*node.args[1:], *[None] * 4]
     groups, weight, bias, eps = rest[:4]
     eps = 1e-5 if eps is None else eps
@@ -73,26 +74,12 @@ def _group_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | 
     return low.module(low.name(node), module, (low.env[held[0]], low.index(layout)))
 
 
-def _same(low: Lowering, node: fx.Node, source: fx.Node) -> Layout | None:
-    """The layout of ``node`` if it holds the channels of ``source``, in the same order, along some dimension."""
-    before, after = low.state[source], low.layouts.of(node)
-    return after if isinstance(before, Layout) and after is not None and before.key == after.key else None
-
-
-def _scalar(low: Lowering, node: fx.Node) -> bool:
-    """A size or another value without channels."""
-    if low.flow.labelled(node) is not None:
-        return False
-    value = node.meta.get("val")
-    return not isinstance(value, Tensor) or (low.constants.holds(node) and low.constants.value(node).numel() == 1)
-
-
 def _pointwise(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     """An operator that treats every channel alike, so that it runs on a narrow tensor unchanged."""
     x = node.args[0]
-    if held != [x] or not all(_scalar(low, a) for a in node.all_input_nodes if a is not x):
+    if held != [x] or not all(scalar(low, a) for a in node.all_input_nodes if a is not x):
         return None
-    after = _same(low, node, held[0])
+    after = same(low, node, held[0])
     if after is None or not _keeps_dims(node, low.state[held[0]], len(low.flow.shape(held[0]))):
         return None
     low.state[node] = after
@@ -106,7 +93,7 @@ def _max_pool(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | No
     kernel, stride, padding, dilation, ceil = (*node.args[1:], *[None] * 5)[:5]
     if not low.native or node.kwargs or len(low.flow.shape(node)) != 4 or set(dilation or [1]) != {1}:  # type: ignore[arg-type]
         return _pointwise(low, node, held)
-    after = _same(low, node, held[0])
+    after = same(low, node, held[0])
     if after is None:
         return None
     low.state[node] = after
@@ -129,7 +116,7 @@ def _keeps_dims(node: fx.Node, layout: Layout, rank: int) -> bool:
 
 def _layer_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     """A norm over the active channels; or inside each head, where it does not see which heads there are."""
-    layout = _same(low, node, held[0])
+    layout = same(low, node, held[0])
     if layout is not None and held == [node.args[0]] and layout.dim == len(low.flow.shape(node)) - 1:
         weight, bias, eps, kind = norm_options(node)
         if len(node.args[1]) > 1 or not (low.constants.holds(weight) and low.constants.holds(bias)):  # type: ignore[arg-type]
@@ -146,7 +133,7 @@ def _layer_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | 
 
 def _response_norm(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     """A global response norm over the active channels."""
-    layout = _same(low, node, held[0])
+    layout = same(low, node, held[0])
     weight, bias, eps, _ = norm_options(node)
     if layout is None or held != [node.args[0]] or not (low.constants.holds(weight) and low.constants.holds(bias)):
         return None
@@ -169,7 +156,7 @@ def _fresh(low: Lowering, node: fx.Node) -> bool:
 def _binary(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     if any(join.node is node for join in low.flow.joins):
         return _join(low, node)
-    layout = _same(low, node, held[0])
+    layout = same(low, node, held[0])
     if layout is None or node.kwargs:
         return None
     shape = low.flow.shape(node)
@@ -180,7 +167,7 @@ def _binary(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None
             if own.key != layout.key or own.dim + len(shape) - len(low.flow.shape(operand)) != layout.dim:
                 return None
             values[operand] = low.env[operand]
-        elif _scalar(low, operand) or _without_channels(low, operand, layout.dim, len(shape)):
+        elif scalar(low, operand) or without_channels(low, operand, layout.dim, len(shape)):
             values[operand] = low.env[operand]
         elif layout.dim and (low.constants.unlabelled(operand) or _could_be(low, operand, layout, len(shape))):
             module = narrow.Take(layout.dim, len(shape))
@@ -189,14 +176,6 @@ def _binary(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None
             return None
     low.state[node] = layout
     return low.graph.node_copy(node, values.__getitem__)
-
-
-def _without_channels(low: Lowering, operand: fx.Node, dim: int, rank: int) -> bool:
-    """Whether an operand has length 1 along the channels of the result, so that it broadcasts over narrow ones too."""
-    value = operand.meta.get("val")
-    shape = value.shape if isinstance(value, Tensor) else low.constants.value(operand).shape
-    at = dim - (rank - len(shape))
-    return at < 0 or shape[at] == 1
 
 
 def _could_be(low: Lowering, operand: fx.Node, layout: Layout, rank: int) -> bool:
@@ -349,81 +328,6 @@ def _getitem(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | Non
     return low.graph.node_copy(node, low.env.__getitem__)
 
 
-def _attention(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
-    """Scaled dot-product attention over the active heads."""
-    layout = low.layouts.of(node)
-    states: list[Any] = [low.state.get(a) for a in node.args[:3]]  # type: ignore[arg-type]
-    if layout is None:
-        return None
-    rank = len(low.flow.shape(node))
-    if (
-        states[:2] == [None, None]
-        and isinstance(states[2], Layout)
-        and states[2].key == layout.key
-        and layout.dim == rank - 1
-    ):
-        low.state[node] = layout  # one head: only its values are narrow
-        return low.graph.node_copy(node, low.env.__getitem__)
-    if not all(isinstance(s, Layout) and s.key == layout.key and s.dim == layout.dim for s in states):
-        return None
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    values = {a: low.env[a] for a in node.all_input_nodes}
-    if isinstance(mask, fx.Node) and not _without_channels(low, mask, layout.dim, rank):
-        if not low.constants.unlabelled(mask) or not layout.dim:
-            return None
-        values[mask] = low.module(
-            "take", narrow.Take(layout.dim, rank), (low.env[mask], low.index(layout), low.env[held[0]])
-        )
-    low.state[node] = layout
-    return low.graph.node_copy(node, values.__getitem__)
-
-
-def _matmul(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
-    """A product over active heads: both factors hold the same ones along a leading dimension."""
-    layout, rank = low.layouts.of(node), len(low.flow.shape(node))
-    if layout is None:
-        return None
-    factors: Any = node.args[:2]
-    left, right = (low.state.get(a) for a in factors)
-    constant = next((a for a in factors if low.constants.unlabelled(a)), None)
-    if constant is not None:  # scores of positions, say: the same for every channel
-        after = _same(low, node, held[0])
-        if after is None or not _without_channels(low, constant, after.dim, rank):
-            return None
-        low.state[node] = after
-        return low.graph.node_copy(node, low.env.__getitem__)
-    if layout.dim >= rank - 2:  # no heads: the channels of one factor pass through
-        one, other = (right, left) if layout.dim == rank - 1 else (left, right)
-        if other is not None or not isinstance(one, Layout) or one.key != layout.key:
-            return None
-        low.state[node] = layout
-        return low.graph.node_copy(node, low.env.__getitem__)
-    for operand in node.args[:2]:
-        state = low.state.get(operand)  # type: ignore[arg-type]
-        shift = rank - len(low.flow.shape(operand))  # type: ignore[arg-type]
-        if not isinstance(state, Layout) or state.key != layout.key or state.dim + shift != layout.dim:
-            return None
-    low.state[node] = layout
-    return low.graph.node_copy(node, low.env.__getitem__)
-
-
-def _einsum(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
-    """A sum of products that leaves the channels apart: they bear one letter in all operands that have them."""
-    layout, (terms, _, out) = low.layouts.of(node), str(node.args[0]).replace(" ", "").partition("->")
-    operands: Any = node.args[1]
-    if layout is None:
-        return None
-    letter = out[layout.dim]
-    for term, operand in zip(terms.split(","), operands, strict=True):
-        state = low.state.get(operand)
-        if state is None and letter not in term:
-            continue
-        if not isinstance(state, Layout) or state.key != layout.key or term[state.dim] != letter:
-            return None
-    low.state[node] = layout
-    return low.graph.node_copy(node, low.env.__getitem__)
-
-
 def _pad(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     layout, pad = low.state[held[0]], node.args[1]
     if layout.dim >= len(low.flow.shape(held[0])) - len(pad) // 2:  # type: ignore[arg-type]
@@ -441,10 +345,10 @@ _TABLE: dict[str, Handler] = {
     "concat": _cat,
     "sym_size": _size,
     "getitem": _getitem,
-    "scaled_dot_product_attention": _attention,
-    "matmul": _matmul,
-    "bmm": _matmul,
-    "einsum": _einsum,
+    "scaled_dot_product_attention": attention_handlers.attention,
+    "matmul": attention_handlers.matmul,
+    "bmm": attention_handlers.matmul,
+    "einsum": attention_handlers.einsum,
     "max_pool2d": _max_pool,
     "pad": _pad,
     "constant_pad_nd": _pad,
