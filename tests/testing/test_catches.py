@@ -361,7 +361,7 @@ def test_parametrized(case: Case, check: Any) -> None:
 
 
 def test_a_lean_case_holds_one_compact_model_that_is_the_same() -> None:
-    plain, lean = (Case(lambda: timm.create_model("test_resnet"), size=64, lean=flag) for flag in (False, True))
+    plain, lean = small(), small(lean=True)
     lean._base.load_state_dict(plain._base.state_dict())
     assert lean.compacted.backend == plain.compacted.backend
     args = plain.inputs(torch.float64)
