@@ -53,7 +53,7 @@ def _options(limit: float) -> Callable[[Any], Any]:
         for name, settings in (
             ("--data", {"type": click.Path(path_type=Path), "default": DATA, "help": "Folder of the tables."}),
             ("--seconds", {"default": limit, "help": "Time limit for each model."}),
-            ("--memory", {"default": 12.0, "help": "Memory limit for each model, in GiB (on Linux)."}),
+            ("--memory", {"default": 16.0, "help": "Memory limit for each model, in GiB (on Linux)."}),
             ("--shard", {"type": _Shard(), "default": "0/1", "help": "Run every N-th model, from the I-th."}),
             ("--only", {"default": "*", "help": "Models or families whose name fits this pattern."}),
             ("--again", {"is_flag": True, "help": "Run also what has a row already."}),

@@ -18,6 +18,7 @@ Record = dict[str, Any]
 Tell = Callable[[Record], None]
 Job = Callable[[Any, Tell], None]  # (what to do, tell(facts)): facts told before a limit strikes are kept
 Report = Callable[[Record, int, int], None]  # (new row, how many are done, of how many)
+_LARGE_GIB, _SPARE_GIB = 2.0, 1.0  # a process above the first is ended when the machine has less left than the second
 _LOOK_S = 0.2  # how often the memory of a process is looked at; one that fills grows by less than 1 GiB meanwhile
 
 
@@ -61,7 +62,8 @@ class Table:
 def run_one(job: Job, item: Any, seconds: float, gibibytes: float = math.inf) -> Record:
     """Do ``job(item, tell)`` in a process of its own: what it told, ``seconds`` and, where it failed, ``error``.
 
-    The process is ended after that many seconds, and where more memory than ``gibibytes`` is resident (on Linux).
+    The process is ended after that many seconds, and (on Linux) where more memory than ``gibibytes`` is resident, or it
+    is large and the machine has next to none left.
     """
     # Forked, so that importing torch is paid once. The parent runs only operators on
     # the meta device and on a handful of numbers, hence has no thread pool to lose.
@@ -78,8 +80,9 @@ def run_one(job: Job, item: Any, seconds: float, gibibytes: float = math.inf) ->
             if left <= 0:
                 found["error"] = f"no result within {seconds:.0f} s"
                 break
-            if _resident(process.pid) > gibibytes:
-                found["error"] = f"no result within {gibibytes:g} GiB of memory"
+            held = _resident(process.pid)
+            if held > gibibytes or (held > _LARGE_GIB and _available() < _SPARE_GIB):
+                found["error"] = f"no result within {min(held, gibibytes):.3g} GiB of memory"
                 break
             if not here.poll(min(left, _LOOK_S)):
                 continue
@@ -105,6 +108,15 @@ def _resident(pid: int | None) -> float:
     except (OSError, IndexError):
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def _available() -> float:
+    """GiB of memory that the machine can still give; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return next((int(x.split()[1]) / 2**20 for x in lines if x.startswith("MemAvailable:")), math.inf)
 
 
 def _child(job: Job, item: Any, pipe: Connection) -> None:

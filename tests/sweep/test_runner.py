@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gatedprune.sweep import Entry, Table, run_all
+from gatedprune.sweep import Entry, Table, run_all, runner
 from gatedprune.sweep.runner import Tell, _resident, run_one
 
 A, B = Entry("a", "one", 1), Entry("b", "two", 2)
@@ -47,8 +47,17 @@ def greedy(item: Any, tell: Tell) -> None:
 def test_a_process_that_takes_too_much_memory_is_ended() -> None:
     limit = 0.5 + _resident(os.getpid())
     row = run_one(greedy, A, 60.0, limit)
-    assert row["error"] == f"no result within {limit:g} GiB of memory" and row["sites"] == 3 and row["seconds"] < 30
+    assert row["error"] == f"no result within {limit:.3g} GiB of memory" and row["sites"] == 3 and row["seconds"] < 30
     assert "error" not in run_one(well, A, 60.0, limit)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the system does not say how much memory there is")
+def test_a_large_process_is_ended_before_the_machine_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < runner._available() < 2**20
+    monkeypatch.setattr(runner, "_LARGE_GIB", 0.2 + _resident(os.getpid()))
+    monkeypatch.setattr(runner, "_available", lambda: 0.5)
+    assert "GiB of memory" in run_one(greedy, A, 60.0)["error"]
+    assert "error" not in run_one(well, A, 60.0)
 
 
 @pytest.mark.parametrize(

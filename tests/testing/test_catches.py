@@ -358,3 +358,13 @@ def test_enlivened_models_have_no_silent_branch(case: Case) -> None:
 def test_parametrized(case: Case, check: Any) -> None:
     assert case.label == "plain"
     check(case)
+
+
+def test_a_lean_case_holds_one_compact_model_that_is_the_same() -> None:
+    plain, lean = small(), small(lean=True)
+    lean._base.load_state_dict(plain._base.state_dict())
+    assert lean.compacted.backend == plain.compacted.backend
+    args = plain.inputs(torch.float64)
+    assert torch.equal(lean.compacted64(*args), plain.compacted64(*args))
+    assert "compacted" not in lean.__dict__ and "compacted" in plain.__dict__
+    assert lean.compacted is not None and "compacted64" not in lean.__dict__
