@@ -57,6 +57,12 @@ class RatioSchedule:
     Source: Gao et al., arXiv 1810.05331, section 4: density is lowered step by step, with training between.
     """
 
+    gated: GatedModel
+    length: float
+    kind: str
+    levels: int | None
+    target: dict[str, int]
+
     def __init__(self, gated: Any, length: float, kind: str = "cosine", levels: int | None = None) -> None:
         if not isinstance(gated, GatedModel):
             raise ModelError(
