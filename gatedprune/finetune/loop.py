@@ -170,7 +170,10 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         self.runner.train()
         self.sampler.at(self.epoch, self.step)
-        saved, summed = time.monotonic(), torch.zeros((), device=accelerator.device)
+        saved = time.monotonic()
+        # In double precision, so that a stop between does not round another way; Apple's GPUs have none.
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        summed = torch.zeros((), device=accelerator.device, dtype=exact)
         with tqdm(total=self.steps_per_epoch, initial=self.step, desc=f"epoch {self.epoch + 1}/{config.epochs}",
                   unit="step", leave=False, disable=not (progress and accelerator.is_main_process)) as bar:  # fmt: skip
             for part, (images, labels) in enumerate(self.train):
