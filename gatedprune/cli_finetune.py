@@ -104,11 +104,11 @@ def command(ctx: click.Context, model: str, output: str, resume: bool, **options
     they hold a folder for each class. Stopped or killed, the same command with --resume goes on exactly. The result
     is OUTPUT/model, which gatedprune.load() takes where it is gated. Needs the extra `train`; static also `compare`.
     """
-    from .finetune import FinetuneConfig, Interrupted, finetune  # accelerate is optional
+    from .finetune import FinetuneConfig, Interrupted, finetune, is_main_process  # accelerate is optional
 
     try:
         config = FinetuneConfig(model=model, output=output, **options)
-        main = _main_process()
+        main = is_main_process()
         result = finetune(config, resume=resume, progress=main,
                           say=lambda text: click.echo(text, err=True) if main else None)  # fmt: skip
     except Interrupted:
@@ -119,12 +119,6 @@ def command(ctx: click.Context, model: str, output: str, resume: bool, **options
         raise click.ClickException(str(error)) from error
     if main:
         click.echo(str(result))
-
-
-def _main_process() -> bool:
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
 
 
 for _each in reversed(_OPTIONS):

@@ -12,8 +12,17 @@ except ImportError as error:
 
 from .command import Finetuned, finetune
 from .interrupt import Interrupted
-from .loop import DivergedError, Trainer
+from .loop import DivergedError, Trainer, is_main_process
 from .models import load_finetuned
 from .options import FinetuneConfig
 
-__all__ = ["DivergedError", "FinetuneConfig", "Finetuned", "Interrupted", "Trainer", "finetune", "load_finetuned"]
+__all__ = [
+    "DivergedError",
+    "FinetuneConfig",
+    "Finetuned",
+    "Interrupted",
+    "Trainer",
+    "finetune",
+    "is_main_process",
+    "load_finetuned",
+]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from timm.data import resolve_model_data_config
 
 from ..errors import CheckpointError, ConfigError
@@ -101,16 +102,26 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
     if state is not None:
         trainer.restore(state)
         say(f"resumed at epoch {trainer.epoch + 1}, step {trainer.step + 1}")
+    if accelerator.num_processes > 1:
+        say(f"{accelerator.num_processes} processes, {accelerator.device.type}")
+    try:
+        _fit(trainer, say, progress)
+        return _finish(trainer, dense_macs, output)
+    finally:
+        accelerator.end_training()
+        # Else a second training in this process could not have another precision.
+        AcceleratorState._reset_state()
+
+
+def _fit(trainer: Trainer, say: Callable[[str], None], progress: bool) -> None:
     with stop_on_signal() as stop:
         while not trainer.finished:
             trainer.fit_epoch(stop, progress=progress)
-            if accelerator.is_main_process:
-                _write_log(output / LOG, trainer.log)
-                say(_epoch_line(trainer.log[-1], config.epochs))
+            if trainer.accelerator.is_main_process:
+                _write_log(Path(trainer.config.output) / LOG, trainer.log)
+                say(_epoch_line(trainer.log[-1], trainer.config.epochs))
             if stop() and not trainer.finished:
                 raise Interrupted
-    accelerator.end_training()
-    return _finish(trainer, dense_macs, output)
 
 
 def _check_same(state: dict[str, Any] | None, splits: Splits, output: Path) -> None:

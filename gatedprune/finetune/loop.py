@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -31,7 +31,7 @@ from .interrupt import Interrupted
 from .models import Start
 from .options import FinetuneConfig
 
-__all__ = ["DivergedError", "Trainer", "accelerator_for"]
+__all__ = ["DivergedError", "Trainer", "accelerator_for", "is_main_process", "saved_state"]
 
 CHECK_EVERY = 20  # steps between two looks at the loss: each waits for the device
 
@@ -47,6 +47,7 @@ def accelerator_for(config: FinetuneConfig) -> Accelerator:
         ConfigError: The batch cannot be split among the processes.
     """
     accelerator = Accelerator(
+        cpu=_no_device(),
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
         # A batch is that of all processes together: the same training on one or on many.
@@ -62,6 +63,16 @@ def accelerator_for(config: FinetuneConfig) -> Accelerator:
             f"{accelerator.num_processes} processes and {config.accumulate} parts."
         )
     return accelerator
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes, or the only one; before there is an `Accelerator` as well."""
+    return bool(PartialState(cpu=_no_device()).is_main_process)
+
+
+def _no_device() -> bool:
+    # Without being told, Accelerate lets several processes on CPUs train apart, each as if it were alone.
+    return not torch.accelerator.is_available()
 
 
 class Trainer:
