@@ -91,7 +91,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
     _check_same(state, splits, output)
     model_config = resolve_model_data_config(start.dense, {"input_size": tuple(start.example.shape[1:])})
     splits.transform(config, model_config)
-    dense_macs, teaches = macs(start.dense, start.example), teacher(config, start, splits.classes)
+    teaches = teacher(config, start, splits.classes)
     if state is None and config.calibrate and config.mode == "dynamic":
         say(f"calibrating on {config.calibrate} images")
         _calibrate(config, start, splits)
@@ -106,7 +106,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         say(f"{accelerator.num_processes} processes, {accelerator.device.type}")
     try:
         _fit(trainer, say, progress)
-        return _finish(trainer, dense_macs, output)
+        return _finish(trainer, output)
     finally:
         accelerator.end_training()
         # Else a second training in this process could not have another precision.
@@ -173,13 +173,13 @@ def _epoch_line(row: dict[str, float], epochs: int) -> str:
     )
 
 
-def _finish(trainer: Trainer, dense_macs: int, output: Path) -> Finetuned:
+def _finish(trainer: Trainer, output: Path) -> Finetuned:
     """Save the model at its final ratio, and what became of it."""
     config, start, model = trainer.config, trainer.start, trainer.result
     trainer.set_ratio()
     start.example = start.example.to(trainer.accelerator.device)
     parameters = sum(p.numel() for p in model.parameters())
-    result = Finetuned(config.mode, trainer.log[-1]["top1"], macs(model, start.example), dense_macs, parameters,
+    result = Finetuned(config.mode, trainer.log[-1]["top1"], macs(model, start.example), start.dense_macs, parameters,
                        config.epochs, trainer.log, os.fspath(output / MODEL))  # fmt: skip
     if trainer.accelerator.is_main_process:
         save_finetuned(start, config, trainer.splits.classes, model, output / MODEL)

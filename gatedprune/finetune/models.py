@@ -42,6 +42,7 @@ class Start:
         kept: Of a pruned model: site → the channels that stayed.
         trained_head: Whether the classifier came with weights for these very classes.
         example: (1, C, H, W), zeros.
+        dense_macs: Of the dense model, per image.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class Start:
     kept: dict[str, Tensor] | None
     trained_head: bool
     example: Tensor
+    dense_macs: int
 
 
 def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Tensor] | None = None) -> Start:
@@ -79,16 +81,21 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
                 network.set_ratio(config.ratio)  # type: ignore[operator]
         else:
             network = wrap(network, config=config.gates(), example_inputs=example)
-        return Start(network, dense, None, trained_head, example)
+        gated: Any = network
+        return Start(gated, dense, None, trained_head, example, gated.site_report.macs)
     network = _dense(network)
     if config.mode == "dense":
-        return Start(network, copy.deepcopy(network), None, trained_head, example)
+        return Start(network, copy.deepcopy(network), None, trained_head, example, find_sites(network, example).macs)
+    if _origin(config.model)[1] is not None:
+        raise ConfigError(f"{config.model} is pruned already: go on with it as it is (mode 'dense').")
     if kept is None:
-        gated = wrap(copy.deepcopy(network), config=config.gates(), example_inputs=example)
-        pruned = prune_static(gated, example_inputs=example, by="torch-pruning")
+        marked = wrap(copy.deepcopy(network), config=config.gates(), example_inputs=example)
+        report = marked.site_report
+        pruned = prune_static(marked, example_inputs=example, by="torch-pruning")
     else:
-        pruned = prune_static(network, keep=kept, example_inputs=example, by="torch-pruning")
-    return Start(pruned.model, network, pruned.kept, trained_head, example)
+        report = find_sites(network, example)
+        pruned = prune_static(network, report, keep=kept, example_inputs=example, by="torch-pruning")
+    return Start(pruned.model, network, pruned.kept, trained_head, example, report.macs)
 
 
 def _dense(model: nn.Module) -> nn.Module:
@@ -178,19 +185,19 @@ def save_finetuned(
     start: Start, config: FinetuneConfig, classes: Sequence[str], model: nn.Module, folder: Path
 ) -> None:
     """Write a trained model as a folder: by `gatedprune.save` where it is gated, in the same manner where it is not."""
-    if is_gated(model):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a model that timm does not build is given to load() by its user
-            save(model, folder)
-        return
-    described = {
-        "format": FORMAT, "mode": config.mode, "model": config.model, "classes": list(classes),
-        "size": list(start.example.shape[2:]),
-        "kept": None if start.kept is None else {site: k.tolist() for site, k in start.kept.items()},
-    }  # fmt: skip
+    name, kept = _origin(config.model)
+    if start.kept is not None:
+        kept = {site: k.tolist() for site, k in start.kept.items()}
+    described = {"format": FORMAT, "mode": config.mode, "model": name, "classes": list(classes),
+                 "size": list(start.example.shape[2:]), "kept": kept}  # fmt: skip
 
     def write(fresh: Path) -> None:
-        write_tensors(fresh / WEIGHTS, model.state_dict(), {"format": "pt"})
+        if is_gated(model):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that timm cannot build it: we know who can
+                save(model, fresh)
+        else:
+            write_tensors(fresh / WEIGHTS, model.state_dict(), {"format": "pt"})
         (fresh / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     atomic_folder(folder, write)
@@ -203,28 +210,43 @@ def load_finetuned(folder: str | Path) -> Any:
         CheckpointError: The folder is missing or damaged, or holds a model that must be built by its owner.
     """
     folder = Path(folder)
-    if is_saved(folder):
+    if is_saved(folder) and not (folder / CONFIG).is_file():
         return load(folder)
+    name, size, kept, classes = _described(folder)
     try:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        name, size, kept = described["model"], described["size"], described["kept"]
-        if described["format"] != FORMAT:
-            raise ValueError(f"format {described['format']!r}")
-        classes = tuple(described["classes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} is no model that `gatedprune finetune` wrote, or is damaged ({type(error).__name__}: {error})."
-        ) from error
-    try:
-        plain = FinetuneConfig(name, "", "", mode="dense", size=(size[0], size[1]))
-        model: nn.Module = build(plain, classes).model
+        plain = FinetuneConfig(name, "", "", mode="dense", size=size)
+        model = _dense(_network(plain, classes)[0])
         if kept is not None:
             keep = {site: torch.tensor(indices) for site, indices in kept.items()}
             model = prune_static(model, keep=keep, example_inputs=torch.zeros(1, 3, *size), by="torch-pruning").model
+        if is_saved(folder):
+            return load(folder, model)
         model.load_state_dict(read_tensors(folder / WEIGHTS))
     except (GatedPruneError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be restored: {_line(error)}") from error
     return model.eval()
+
+
+def _described(folder: Path) -> tuple[str, tuple[int, int], dict[str, list[int]] | None, list[str]]:
+    """Name of the dense model, size, channels that stayed, classes."""
+    try:
+        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if described["format"] != FORMAT:
+            raise ValueError(f"format {described['format']!r}")
+        height, width = described["size"]
+        return described["model"], (height, width), described["kept"], described["classes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} is no model that `gatedprune finetune` wrote, or is damaged ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _origin(model: str) -> tuple[str, dict[str, list[int]] | None]:
+    """What a model is built from, where it may be the result of another training: its name, and the channels kept."""
+    if not (Path(model) / CONFIG).is_file():
+        return model, None
+    name, _, kept, _ = _described(Path(model))
+    return name, kept
 
 
 def teacher(config: FinetuneConfig, start: Start, classes: Sequence[str]) -> nn.Module | None:
