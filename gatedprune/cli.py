@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ._version import __version__
+from .cli_finetune import command as finetune
 from .config import GateConfig
 from .errors import GatedPruneError, ModelError
 from .io import is_saved, load
@@ -293,6 +294,9 @@ def export(model: Callable[..., nn.Module], form: str, output: Path | None, rati
 
     result = _explained(work)
     click.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
+
+
+main.add_command(finetune)
 
 
 def _explained(work: Callable[[], Any]) -> Any:

@@ -1,0 +1,41 @@
+"""The step's cost: memory by hand, and the command."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+from gatedprune.training.step_cost import main, step_cost
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.last = nn.Conv2d(16, 4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).relu()).mean((2, 3))
+
+
+def test_memory_is_counted_once_each() -> None:
+    model = Small()
+    found = step_cost(model, torch.randn(4, 3, 16, 16), rounds=3, warmup=1)
+    maps = 4 * 16 * 16 * 4  # bytes of one channel
+    # The image, the norm's input, the rectifier's output; the gated model also what the gain is multiplied on.
+    assert found.dense_kept == pytest.approx((3 + 16 + 16) * maps, rel=0.02)
+    assert found.gated_kept - found.dense_kept == pytest.approx(16 * maps, rel=0.1)
+    parameters, buffers = 3 * 16 * 9 + 2 * 16 + 16 * 4, 2 * 16 * 4 + 8
+    assert found.dense_state == 3 * 4 * parameters + buffers
+    gate = 16 * 3 + 16 + 1
+    assert found.gated_state - found.dense_state == 3 * 4 * gate + 16 * 4
+    assert 1 < found.memory < 1.6 and found.dense_ms > 0 and found.gated_ms > 0 and found.time > 0
+    assert all(p.grad is None for p in model.parameters()) and not hasattr(model, "gatedprune")
+
+
+def test_the_command() -> None:
+    result = CliRunner().invoke(main, ["test_resnet", "--size", "32", "--batch", "2", "--rounds", "1"])
+    assert result.exit_code == 0, result.output
+    assert "step: dense" in result.output and "kept activations alone" in result.output

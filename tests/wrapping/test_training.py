@@ -1,0 +1,196 @@
+"""A gated model in the loops that people train with: straight-through, autocast, compile, copies, accumulation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from gatedprune import is_gated, wrap
+from gatedprune.wrapping import GatedModel
+
+IMAGES = torch.zeros(2, 3, 16, 16)
+
+
+class Small(nn.Module):
+    """Two sites, `first` and `second`, each with a norm and an activation whose slope at 0 is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.second, self.norm2 = nn.Conv2d(16, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.last = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.first(x)), inplace=True)
+        return self.last(self.norm2(self.second(x)).relu()).mean((2, 3))
+
+
+def gated_small(**options: object) -> GatedModel:
+    torch.manual_seed(0)
+    gated = wrap(Small(), 0.5, example_inputs=IMAGES, **options).train()
+    with torch.no_grad():
+        for gate in gated.gates.values():
+            gate.weight.normal_(std=0.2)
+    return gated
+
+
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: nn.Module, x: Tensor) -> Tensor:
+    model.zero_grad(set_to_none=True)
+    out = model(x)
+    F.cross_entropy(out.float(), torch.arange(len(x)) % 4).backward()
+    return out.detach()
+
+
+def test_straight_through_changes_gradients_of_gates_and_nothing_else() -> None:
+    plain = gated_small()
+    passing = gated_small(straight_through=True)
+    x = torch.randn(6, 3, 16, 16)
+    assert torch.equal(step(plain, x), step(passing, x))
+    for (name, one), other in zip(plain.state_dict().items(), passing.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name  # the norms' statistics too
+    ours, theirs = grads(plain), grads(passing)
+    for name in ours:
+        # `first` and its norm also hear of it, through what the gate of `second` sees.
+        if not name.startswith(("gatedprune.", "first", "norm1")):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-12)
+    for site, gate in passing.gates.items():
+        never = torch.ones(gate.channels, dtype=torch.bool).index_fill_(0, gate.last_active.unique(), False)
+        assert bool(never.any()), f"{site}: every channel won somewhere, and the test shows nothing"
+        assert bool(gate.bias.grad[never].all())
+        assert not bool(plain.gates[site].bias.grad[never].any())
+
+
+def test_the_gradient_of_a_loser_is_that_of_the_gain_it_would_have() -> None:
+    """A loser's saliency is worth what the loss gains by it: its activation times the gradient where it is read."""
+    gated = gated_small(straight_through=True)
+    x = torch.randn(1, 3, 16, 16)
+    step(gated, x)
+    gate = gated.gates["second"]
+    loser = next(c for c in range(gate.channels) if c not in gate.last_active[0])
+    found = float(gate.bias.grad[loser])
+    other = copy.deepcopy(gated)
+    unit = F.one_hot(torch.tensor(loser), gate.channels).view(1, -1, 1, 1)
+    losses = []
+    for gain in (0.0, 1e-3):
+
+        def let_in(norm: nn.Module, args: tuple, out: Tensor, gain: float = gain) -> Tensor:
+            return out + gain * unit * F.batch_norm(args[0], None, None, norm.weight, norm.bias, True)
+
+        handle = other.norm2.register_forward_hook(let_in)
+        losses.append(float(F.cross_entropy(other(x), torch.tensor([0])).detach()))
+        handle.remove()
+    assert found == pytest.approx((losses[1] - losses[0]) / 1e-3, rel=0.02)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, straight_through: bool) -> None:
+    gated = gated_small(straight_through=straight_through)
+    with torch.autocast("cpu", dtype=dtype):
+        out = gated(torch.randn(4, 3, 16, 16))
+        loss = F.cross_entropy(out, torch.arange(4)) + gated.penalty()
+    (2.0**10 * loss).backward()  # as a gradient scaler does
+    assert out.dtype == dtype
+    for name, gradient in grads(gated).items():
+        assert bool(gradient.isfinite().all()), name
+    for gate in gated.gates.values():
+        assert gate.last_saliency.dtype == torch.float32
+        assert gate.weight.grad is not None and bool(gate.weight.grad.any())
+
+
+def test_under_autocast_the_same_channels_win() -> None:
+    """`first` sees the images themselves, which bfloat16 holds exactly here."""
+    gated = gated_small().eval()
+    x = torch.randn(16, 3, 16, 16).bfloat16().float()
+    gated(x)
+    wanted = gated.gates["first"].last_active
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gated(x)
+    assert torch.equal(gated.gates["first"].last_active, wanted)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_compile_sees_one_graph(straight_through: bool) -> None:
+    gated = gated_small(straight_through=straight_through)
+    plain = copy.deepcopy(gated)
+    x = torch.randn(4, 3, 16, 16)
+    wanted = step(plain, x)
+    # fullgraph: a graph break is an error. The backend runs what was captured, backwards too, without a compiler.
+    compiled = torch.compile(gated, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(compiled, x), wanted)
+    torch.testing.assert_close(grads(gated), grads(plain), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gated.penalty(), plain.penalty())
+
+
+def test_channels_last() -> None:
+    gated = gated_small()
+    other = copy.deepcopy(gated).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 16, 16)
+    seen: list[Tensor] = []
+    other.norm2.register_forward_hook(lambda module, args, out: seen.append(out))
+    wanted = step(gated, x)
+    torch.testing.assert_close(step(other, x.to(memory_format=torch.channels_last)), wanted)
+    torch.testing.assert_close(grads(other), grads(gated), rtol=1e-4, atol=1e-6)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last), "the gain has changed the layout"
+
+
+def test_gradients_accumulate() -> None:
+    gated = gated_small().eval()  # without batch statistics, parts add up to the whole
+    x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
+    (F.cross_entropy(gated(x), y) + gated.penalty(0.1)).backward()
+    wanted = grads(gated)
+    gated.zero_grad(set_to_none=True)
+    for part, labels in zip(x.split(4), y.split(4), strict=True):
+        ((F.cross_entropy(gated(part), labels) + gated.penalty(0.1)) / 2).backward()
+    torch.testing.assert_close(grads(gated), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_moving_average_is_a_gated_model_of_its_own() -> None:
+    gated = gated_small()
+    step(gated, torch.randn(4, 3, 16, 16))  # leaves tensors of a graph behind, which cannot be copied
+    average = ModelEmaV3(gated, decay=0.5)
+    assert is_gated(average.module) and average.module.gates["first"] is not gated.gates["first"]
+    before = average.module.gates["first"].weight.clone()
+    with torch.no_grad():
+        gated.gates["first"].weight.add_(1.0)
+    average.update(gated)
+    torch.testing.assert_close(average.module.gates["first"].weight, before + 0.5)
+    gated.set_ratio(0.0)
+    assert average.module.gates["first"].active_count == 8
+    x = torch.randn(2, 3, 16, 16)
+    average.module.eval()(x)
+    assert average.module.gates["first"].last_active.shape == (2, 8)
+
+
+def test_a_step_keeps_few_more_activations() -> None:
+    """Each site keeps one tensor more for the backward pass, what the gain is multiplied on, and small ones."""
+    gated = gated_small(straight_through=True)
+    x = torch.randn(8, 3, 16, 16)
+
+    def kept(model: nn.Module) -> int:
+        sizes: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(x)
+        assert out.requires_grad
+        return sum(sizes.values())
+
+    extra = kept(gated) - kept(Small().train())
+    maps = 8 * (16 + 12) * 16 * 16 * 4
+    assert extra <= 1.05 * maps
