@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -93,21 +94,30 @@ def _load() -> None:
         from torch.utils import cpp_extension  # here, because it warns when imported
 
         directory = Path(cpp_extension._get_build_directory(name, verbose=False))
-        if not (directory / f"{name}.so").exists():
-            compiler = cpp_extension.get_cxx_compiler()
-            if shutil.which(compiler) is None:
-                raise RuntimeError(f"there is no C++ compiler ({compiler}). Install g++ or clang++, or set CXX.")
-            cpp_extension.verify_ninja_availability()
-            logging.getLogger("gatedprune").warning(
-                "Building the native engine in %s: once, about 15 seconds.", directory
-            )
-        try:
-            cpp_extension.load(name, [str(s) for s in sources], extra_cflags=flags, extra_ldflags=_link_flags(flags),
-                               is_python_module=False)  # fmt: skip
-        except RuntimeError as e:
-            raise RuntimeError(f"{e}\n{heard.getvalue()[-2000:]}") from e
+        library, finished = directory / f"{name}.so", directory / "finished"
+        # The name says what it was built of. Asking ninja again would build it anew for each copy of the sources, and
+        # wait for whoever else is asking.
+        if library.exists() and finished.exists():
+            torch.ops.load_library(str(library))
+        else:
+            _build(cpp_extension, name, sources, flags, directory, heard)
+            finished.touch()
     _register_fakes()
     _register_flops()
+
+
+def _build(cpp_extension: Any, name: str, sources: list[Path], flags: list[str], directory: Path,
+           heard: io.StringIO) -> None:  # fmt: skip
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"there is no C++ compiler ({compiler}). Install g++ or clang++, or set CXX.")
+    cpp_extension.verify_ninja_availability()
+    logging.getLogger("gatedprune").warning("Building the native engine in %s: once, about 15 seconds.", directory)
+    try:
+        cpp_extension.load(name, [str(s) for s in sources], extra_cflags=flags, extra_ldflags=_link_flags(flags),
+                           is_python_module=False)  # fmt: skip
+    except RuntimeError as e:
+        raise RuntimeError(f"{e}\n{heard.getvalue()[-2000:]}") from e
 
 
 def _threads() -> tuple[list[str], list[str]]:
