@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import ConfigError
 
 __all__ = [
+    "active_mask",
     "active_set",
     "channel_gain",
     "indexed_conv2d",
@@ -69,6 +70,16 @@ def active_set(g: Tensor, k: int) -> Tensor:
     # topk breaks ties in no stated order; a stable sort keeps the lower index first.
     order = torch.sort(g.detach(), dim=1, descending=True, stable=True).indices
     return order[:, :k].sort(dim=1).values
+
+
+def active_mask(active: Tensor, channels: int) -> Tensor:
+    """(B, C), bool: True where a channel is in the active set.
+
+    Args:
+        active: (B, k); entries that equal C stand for nothing (see `Gate`). channels: C.
+    """
+    mask = active.new_zeros(active.shape[0], channels + 1, dtype=torch.bool)
+    return mask.scatter(1, active, True)[:, :channels]
 
 
 def winners_take_all(g: Tensor, k: int) -> Tensor:

@@ -113,6 +113,15 @@ class GatedModel(nn.Module):
         # Later in the order of imports: looked up when first asked for.
         return importlib.import_module("gatedprune.training").calibrate(self, batches, **options)
 
+    def usage(self, batches: Iterable[Any], **options: Any) -> Any:
+        """Count for how many inputs each channel wins, and with labels for which classes: `gatedprune.inside.usage`.
+
+        Args:
+            batches: Tensors (B, …), or tuples (images, labels).
+            **options: Those of `gatedprune.inside.usage`.
+        """
+        return importlib.import_module("gatedprune.inside").usage(self, batches, **options)
+
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """The state dict without the gates: the keys of the model before wrapping."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith(_GATES + ".")}
