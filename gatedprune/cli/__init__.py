@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from .._version import __version__
-from . import bench, compare, export, inspect
+from . import bench, compare, export, inspect, usage
 
 __all__ = ["main"]
 
@@ -25,6 +25,7 @@ def main() -> None:
       gatedprune compare resnet18 --ratio 0.5         dense, static and dynamic: MACs, parameters, ms
       gatedprune bench resnet50 --ratio 0.3,0.5       the same over ratios, sizes, batches and threads, as a plot
       gatedprune export my_model                      a saved model as an ONNX file, gates included
+      gatedprune usage my_model --images photos       which channels win, how often, for which classes
     """
 
 
@@ -32,3 +33,4 @@ main.add_command(inspect.command)
 main.add_command(compare.command)
 main.add_command(bench.command)
 main.add_command(export.command)
+main.add_command(usage.command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from ..errors import ModelError
 from ..measure.macs import format_macs
 from ..sites import SiteReport, find_sites
 from .common import Build, dense, explained, image, model_argument, size_option
+from .images import image_options, show_choices
 
 __all__ = ["command"]
 
@@ -23,17 +25,25 @@ _WIDEST = 60  # characters of a list of layers; --json has them all
 @model_argument
 @size_option
 @click.option("--stream", is_flag=True, help="Also list the producers of the residual stream.")
+@image_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: Build, size: tuple[int, int] | None, stream: bool, as_json: bool) -> None:
+def command(model: Build, size: tuple[int, int] | None, stream: bool, paths: tuple[Path, ...], more: tuple[Path, ...],
+            plot: Path | None, as_json: bool) -> None:  # fmt: skip
     """What of MODEL can be gated, what share of its MACs that is, and for every other layer why not.
 
     \b
       gatedprune inspect resnet50
       gatedprune inspect convnext_tiny --size 192x640
       gatedprune inspect mobilenetv3_small_050 --stream --json
+      gatedprune inspect my_model --image a.jpg b.jpg --plot channels.png
 
     MODEL is a name that timm knows, module:callable, or a folder that gatedprune.save() wrote. No weights are loaded.
+    With --image: which channels of each site the images use, and which they share.
     """
+    if paths or more:
+        return show_choices(model, size, (*paths, *more), plot, as_json)
+    if plot is not None:
+        raise click.UsageError("--plot draws what the images of --image use: give it two or more.")
     report = explained(lambda: _look(model, size, stream))
     click.echo(json.dumps(_as_dict(report), indent=2) if as_json else _as_text(report))
 

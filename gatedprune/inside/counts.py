@@ -21,8 +21,8 @@ from .table import aligned
 __all__ = ["SiteUsage", "Usage", "usage"]
 
 _LEGEND = (
-    "active: winners of an input; always, never: channels that win for every, for no input; entropy: of winning or not,",
-    "in bits a channel, 0 where all inputs choose alike; in common: winners that two inputs share; by chance: k²/C",
+    "active: winners of an input; always, never: channels that win for every, for no input; entropy: of winning or",
+    "not, bits a channel, 0 where all inputs choose alike; in common: winners that two inputs share; by chance: k²/C",
 )
 
 

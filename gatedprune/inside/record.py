@@ -29,7 +29,7 @@ def gates_of(model: nn.Module, where: str) -> Mapping[str, Gate]:
 
 def class_name(model: nn.Module) -> str:
     """The name of the class that the model was made from."""
-    source = model.__dict__["_source"] if isinstance(model, CompactModel) else model
+    source: Any = model.__dict__["_source"] if isinstance(model, CompactModel) else model
     name: str = source._gatedprune_base.__name__
     return name
 

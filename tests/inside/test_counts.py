@@ -100,7 +100,7 @@ def test_the_model_is_left_alone_and_a_compact_one_will_do(found: Usage, gated: 
     before = {name: value.clone() for name, value in gated.state_dict().items()}
     again = gated.usage(images.split(7))
     assert gated.training and all(torch.equal(v, before[n]) for n, v in gated.state_dict().items())
-    compact = usage(gatedprune.compact(gated, images[:2]), images.split(7))
+    compact = usage(gatedprune.compact(gated, images[:2], backend="torch"), images.split(7))
     assert again.classes is None and compact.model == "ResNet"
     for name in found.sites:
         assert again[name].counts.tolist() == found[name].counts.tolist() == compact[name].counts.tolist()
