@@ -33,6 +33,8 @@ class GatedModel(nn.Module):
     _gatedprune_report: SiteReport
     _gatedprune_sites: tuple[str, ...]
     _gatedprune_inputs: tuple[Any, ...]  # what it was wrapped for, as tensors without values
+    # Site → channels before `prune_dead`, and which of them are left.
+    _gatedprune_pruned: Mapping[str, tuple[int, tuple[int, ...]]]
 
     @property
     def gates(self) -> dict[str, Gate]:
@@ -122,6 +124,15 @@ class GatedModel(nn.Module):
         """
         return importlib.import_module("gatedprune.inside").usage(self, batches, **options)
 
+    def prune_dead(self, batches: Iterable[Any] | None = None, **options: Any) -> Any:
+        """A smaller gated model without the channels that never win, in its result's ``model``; this one stays.
+
+        Args:
+            batches: As for `usage`.
+            **options: Those of `gatedprune.inside.prune_dead`.
+        """
+        return importlib.import_module("gatedprune.inside").prune_dead(self, batches, **options)
+
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """The state dict without the gates: the keys of the model before wrapping."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith(_GATES + ".")}
@@ -199,7 +210,7 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
     gates = {site.name: _make_gate(model, site, ratio, config) for site, ratio in chosen}
     inputs = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in normalise_inputs(model, example_inputs))
     _mutate(model, [site for site, _ in chosen], gates, config, report)
-    model.__dict__["_gatedprune_inputs"] = inputs
+    model.__dict__.update(_gatedprune_inputs=inputs, _gatedprune_pruned={})
     return model
 
 
@@ -279,7 +290,7 @@ def _mutate(
 def _strip(model: nn.Module, state: GatingState, base: type) -> None:
     state.remove()
     model._modules.pop(_GATES, None)
-    for name in (GATING_STATE, *(f"_gatedprune_{what}" for what in ("config", "report", "sites", "inputs"))):
+    for name in (GATING_STATE, *(f"_gatedprune_{what}" for what in ("config", "report", "sites", "inputs", "pruned"))):
         model.__dict__.pop(name, None)
     model.__class__ = base
 
