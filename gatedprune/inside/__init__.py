@@ -5,6 +5,7 @@
 """
 
 from .counts import SiteUsage, Usage, usage
+from .cutting import cut_again, cut_sites
 from .dead import DeadPruning, prune_dead
 from .images import image_set, load_images
 from .overlap import Choices, SiteChoices, choices
@@ -16,6 +17,8 @@ __all__ = [
     "SiteUsage",
     "Usage",
     "choices",
+    "cut_again",
+    "cut_sites",
     "image_set",
     "load_images",
     "prune_dead",

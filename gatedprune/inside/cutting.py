@@ -6,16 +6,17 @@ channels are known already, from the site, so that only parameters have to be cu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..sites import Edge, Site
+from ..sites import Edge, Site, find_sites
 
-__all__ = ["cut_sites"]
+__all__ = ["cut_again", "cut_sites"]
 
 _NORMS = ("batch_norm", "group_norm", "layer_norm", "rms_norm")
 
@@ -58,6 +59,29 @@ def cut_sites(model: nn.Module, sites: Iterable[Site], kept: Mapping[str, Tensor
         _check(module, cut)
     for module, cut in work:
         _cut(module, cut)
+
+
+def cut_again(model: nn.Module, pruned: Mapping[str, tuple[int, Sequence[int]]], example_inputs: Any,
+              stream: bool = False) -> None:  # fmt: skip
+    """Make of an unpruned model what `prune_dead` had left of another one of its kind, in place.
+
+    Args:
+        model: Without gates.
+        pruned: Site name → how many channels the site has, and the indices of those that stay.
+        example_inputs, stream: As in `gatedprune.find_sites`, as the other model was wrapped.
+
+    Raises:
+        ModelError: The model has other sites. It is then as it was.
+    """
+    report = find_sites(model, example_inputs, stream=stream)
+    channels = {site.name: site.channels for site in report}
+    for name, (count, stays) in pruned.items():
+        if channels.get(name) != count or not all(0 <= i < count for i in stays):
+            raise ModelError(
+                f"The site {name} had {count} channels when it was pruned; here "
+                + (f"it has {channels[name]}." if name in channels else "there is none of that name.")
+            )
+    cut_sites(model, report, {name: torch.tensor(stays) for name, (_, stays) in pruned.items()})
 
 
 def _is_layer(edge: Edge) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..config import GateConfig
-from ..errors import CheckpointError, GatedPruneError
+from ..errors import CheckpointError, GatedPruneError, ModelError
 from ..files import read_tensors
+from ..inside import cut_again
 from ..wrapping import GATES, GatedModel, is_gated, unwrap, wrap
 from .architecture import build, timm_name
 from .saving import CONFIG, FORMAT, WEIGHTS, digest, sites_of
@@ -47,6 +49,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, e
     tensors = _read_weights(folder, saved)
     given = model is not None
     network = _build_saved(folder, saved) if model is None else _accepted(model, folder, saved)
+    if saved["pruned"]:
+        network = _without_dead(folder, saved, network, tensors, example_inputs)
     backbone = {k: v for k, v in tensors.items() if not k.startswith(GATES + ".")}
     _check_tensors(folder, saved, backbone, network.state_dict(), "model", given)
     _cast(network, backbone)
@@ -66,6 +70,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, e
     for site in saved["sites"]:
         gated.gates[site["name"]].active_count = site["active"]
     gated.load_state_dict(tensors)
+    gated._gatedprune_pruned = {name: (count, tuple(kept)) for name, (count, kept) in saved["pruned"].items()}
     return gated.eval() if device is None else gated.eval().to(device)
 
 
@@ -91,6 +96,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         for site in saved["sites"]:
             if not 1 <= site["active"] <= site["channels"] or not isinstance(site["name"] + "", str):
                 raise ValueError(f"{site['active']} of {site['channels']} channels active")
+        saved.setdefault("pruned", {})  # by versions that could not prune
+        for count, kept in saved["pruned"].values():
+            if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < count:
+                raise ValueError(f"{kept} of {count} channels kept")
         _ = saved["weights"]["sha256"], saved["architecture"]["class"], saved["architecture"]["timm"], saved["macs"]
         _ = [a and (list(a["shape"]), getattr(torch, a["dtype"])) for a in saved["inputs"]], saved["versions"]["timm"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -124,6 +133,28 @@ def _build_saved(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
             f"timm {timm.__version__} cannot build {architecture['timm']!r} with {architecture['args']}, which "
             f"{folder} holds ({type(error).__name__}: {error}). {_versions(saved)}"
         ) from error
+
+
+def _without_dead(folder: Path, saved: Mapping[str, Any], model: nn.Module, tensors: Mapping[str, Tensor],
+                  example_inputs: Any) -> nn.Module:  # fmt: skip
+    """The model without the channels that `prune_dead` had removed, unless it is given without them already."""
+    if all(tensors[k].shape == v.shape for k, v in model.state_dict().items() if k in tensors):
+        return model
+    inputs = _inputs(folder, saved, model) if example_inputs is None else example_inputs
+    trial = copy.deepcopy(model)
+    try:
+        cut_again(trial, saved["pruned"], inputs, saved["gates"].get("stream", False))
+        shapes = {k: tuple(v.shape) for k, v in trial.state_dict().items()}
+        wrong = next((k for k, shape in shapes.items() if k in tensors and tuple(tensors[k].shape) != shape), None)
+        if wrong is not None:
+            raise ModelError(f"{wrong} is {tuple(tensors[wrong].shape)} there, and {shapes[wrong]} here.")
+    except GatedPruneError as error:
+        raise CheckpointError(
+            f"{folder} holds a pruned model, and its channels cannot be removed from this one: {error} "
+            f"{_versions(saved)}"
+        ) from error
+    cut_again(model, saved["pruned"], inputs, saved["gates"].get("stream", False))
+    return model
 
 
 def _accepted(model: nn.Module, folder: Path, saved: Mapping[str, Any]) -> nn.Module:
