@@ -34,6 +34,13 @@ def _check_share(value: Any) -> float:
     return float(value)
 
 
+def _check_gain(value: Any) -> float:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 1.0 <= float(value) < math.inf:
+        raise ConfigError(f"The `max_gain` of wrap() must be a finite number of at least 1, or None. Got {value!r}.")
+    return float(value)
+
+
 def _patterns(value: Any, name: str) -> tuple[str, ...]:
     if isinstance(value, str):
         value = (value,)
@@ -63,6 +70,9 @@ class GateConfig:
         boost: Multiply winners by their gain (True), or gate with 0/1 only (False).
         signed: Gates look at the mean of what enters a site (True), or at the mean of its absolute value (False, as in
             the paper). Behind a layer without an activation the mean tells more: a convolution is linear in it.
+        max_gain: No gain is larger, however far training moves it: at least 1, or None for no bound.
+        straight_through: In training, the saliencies of suppressed channels get a gradient as well: that of the gain
+            they would have as winners. What the model computes does not change.
 
     Raises:
         ConfigError: An option is out of its domain.
@@ -77,6 +87,8 @@ class GateConfig:
     stream: bool = False
     boost: bool = True
     signed: bool = False
+    max_gain: float | None = 4.0
+    straight_through: bool = False
 
     def __post_init__(self) -> None:
         if self.macs is not None:
@@ -100,7 +112,9 @@ class GateConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ConfigError(f"`{name}` must be an integer of at least 1. Got {value!r}.")
-        for name in ("stream", "boost", "signed"):
+        if self.max_gain is not None:
+            object.__setattr__(self, "max_gain", _check_gain(self.max_gain))
+        for name in ("stream", "boost", "signed", "straight_through"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be True or False. Got {getattr(self, name)!r}.")
 

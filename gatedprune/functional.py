@@ -5,6 +5,8 @@ Sources: the monocular-depth paper (doi 10.18280/mmep.090221), equations 4–7, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,32 +16,36 @@ from .errors import ConfigError
 __all__ = [
     "active_mask",
     "active_set",
+    "bounded_gain",
     "channel_gain",
     "indexed_conv2d",
     "masked_norm",
     "per_row",
     "saliency",
     "scale_channels",
+    "straight_through",
     "subsample",
     "winners_take_all",
 ]
 
 
-def subsample(x: Tensor, channel_dim: int = 1, signed: bool = False) -> Tensor:
+def subsample(x: Tensor, channel_dim: int = 1, signed: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """s(x), equation 5: the mean of the absolute value over everything but batch and channels.
 
     Args:
         x: (B, C, H, W), (B, N, C) tokens, (B, C); batch first.
         channel_dim: Which dimension holds the channels.
         signed: The mean of the values as they are.
+        dtype: Of the mean; default: x's.
 
     Returns:
         (B, C).
     """
     dims = [d for d in range(1, x.dim()) if d != channel_dim % x.dim()]
-    if signed:
-        return x.mean(dims) if dims else x
-    return x.abs().mean(dims) if dims else x.abs()
+    values = x if signed else x.abs()
+    if dims:
+        return values.mean(dims, dtype=dtype)
+    return values if dtype is None else values.to(dtype)
 
 
 def saliency(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -52,6 +58,51 @@ def saliency(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, C), not negative.
     """
     return F.linear(s, weight, bias).relu()
+
+
+class _Bounded(torch.autograd.Function):
+    """min(x, limit); the gradient passes but where it would push x further beyond the limit."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(x >= limit)
+        return x.clamp(max=limit)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (beyond,), (gradient,) = ctx.saved_tensors, gradients
+        return gradient.masked_fill(beyond & (gradient < 0), 0), None  # descent adds −gradient
+
+
+def bounded_gain(x: Tensor, limit: float | None) -> Tensor:
+    """A gain x = 1 + σ·(g − g_start) as it is multiplied: not negative, and at most ``limit`` (None: unbounded).
+
+    Backwards, the upper bound blocks only what would push a gain further beyond it. Plain clamping blocks both
+    directions, and a gain that once went beyond would hear nothing from the loss any more.
+    """
+    x = x.relu()
+    if limit is None:
+        return x
+    if torch.is_grad_enabled() and x.requires_grad:
+        bounded: Tensor = _Bounded.apply(x, limit)
+        return bounded
+    return x.clamp(max=limit)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+def straight_through(value: Tensor, source: Tensor) -> Tensor:
+    """``value`` forwards; backwards its gradient goes to ``source``, which has the same shape, as if it were that."""
+    out: Tensor = _StraightThrough.apply(value, source)
+    return out
 
 
 def active_set(g: Tensor, k: int) -> Tensor:

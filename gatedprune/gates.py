@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .functional import active_set, saliency, subsample
+from .functional import active_set, bounded_gain, saliency, straight_through, subsample
 
 __all__ = ["Gate"]
+
+# What a loser is multiplied by while losers learn (`straight_through`): a rectifier passes no gradient at 0, but does
+# at 2^-100 of a value, which vanishes in every sum with ordinary numbers.
+WHISPER = 2.0**-100
 
 
 class Gate(nn.Module):
@@ -21,6 +25,9 @@ class Gate(nn.Module):
     The strength σ is 1 before calibration, where g is g_start for every input. Calibration lets g vary with the input
     and sets σ to 0, so that the gain is still exactly 1; training may raise σ, which gets a gradient at 0 too.
 
+    The gain is at most ``max_gain``: gains multiply from layer to layer, and a network whose gains feed each other's
+    saliencies ends in NaN. At the bound, gradients that lead back still pass.
+
     Args:
         channels: C, the channels (units) of the site.
         in_channels: C_in, the channels of the tensor that the gate looks at.
@@ -29,6 +36,9 @@ class Gate(nn.Module):
         channel_dim: The channel dimension of the input.
         boost: Multiply winners by the gain; False gates with 0/1.
         signed: s(x) is the mean of the values as they are, not of their absolute values.
+        max_gain: No gain is larger, at least 1; None: unbounded.
+        straight_through: In training, losers' saliencies get the gradient that they would have as winners. What the
+            model computes stays the same.
     """
 
     weight: Tensor
@@ -37,18 +47,19 @@ class Gate(nn.Module):
     strength: Tensor
 
     def __init__(self, channels: int, in_channels: int, active_count: int, *, importance: Tensor | None = None,
-                 channel_dim: int = 1, boost: bool = True, signed: bool = False,
-                 device=None, dtype=None) -> None:  # fmt: skip
+                 channel_dim: int = 1, boost: bool = True, signed: bool = False, max_gain: float | None = None,
+                 straight_through: bool = False, device=None, dtype=None) -> None:  # fmt: skip
         super().__init__()
         self.channels, self.in_channels = channels, in_channels
         self.active_count, self.channel_dim, self.boost, self.signed = active_count, channel_dim, boost, signed
+        self.max_gain, self.straight_through = max_gain, straight_through
         self.weight = nn.Parameter(torch.zeros(channels, in_channels, device=device, dtype=dtype))
         rho = torch.ones(channels, device=device, dtype=dtype)
         if importance is not None:
             rho.copy_(importance)
         self.bias = nn.Parameter(rho)
         self.register_buffer("start", rho.clone())
-        self.strength = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+        self.strength = nn.Parameter(torch.ones((), device=device, dtype=dtype), requires_grad=boost)
         self.clear()
 
     def clear(self) -> None:
@@ -56,6 +67,7 @@ class Gate(nn.Module):
         self.last_active: Tensor | None = None
         self.last_gain: Tensor | None = None
         self.last_saliency: Tensor | None = None
+        self.last_whole: Tensor | None = None
 
     @property
     def ratio(self) -> float:
@@ -64,24 +76,42 @@ class Gate(nn.Module):
 
     def select(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the subsampled input s (B, C_in): active set (B, k), gain of the winners (B, k), saliency (B, C)."""
-        g = saliency(s, self.weight, self.bias)
+        g = self._saliency(s)
         active = active_set(g, self.active_count)
         if self.boost:
-            gain = (1 + self.strength * (g - self.start)).relu().gather(1, active)
+            gain = self._gains(g).gather(1, active)
         else:
             gain = torch.ones_like(active, dtype=g.dtype)
         return active, gain, g
 
     def forward(self, x: Tensor) -> Tensor:
         """Select channels for x, (B, C_in, H, W) or tokens; remember the choice; return the active set (B, k)."""
-        s = subsample(x, self.channel_dim, self.signed)
+        # Under autocast x has few bits, and rounded saliencies tie: the lower indices would win.
+        s = subsample(x, self.channel_dim, self.signed, None if x.dtype == self.weight.dtype else self.weight.dtype)
         self.last_active, self.last_gain, self.last_saliency = self.select(s)
+        learning = self.straight_through and self.training and torch.is_grad_enabled()
+        self.last_whole = self._whole(self.last_active, self.last_gain, self.last_saliency) if learning else None
         return self.last_active
+
+    def _saliency(self, s: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(s.device.type):
+            with torch.autocast(s.device.type, enabled=False):
+                return saliency(s, self.weight, self.bias)
+        return saliency(s, self.weight, self.bias)
+
+    def _gains(self, g: Tensor) -> Tensor:
+        """(B, C): the gain that each channel has where it wins."""
+        return bounded_gain(1 + self.strength * (g - self.start), self.max_gain)
+
+    def _whole(self, active: Tensor, gain: Tensor, g: Tensor) -> Tensor:
+        """(B, C): winners' gains, and next to nothing for losers; the gradient reaches both alike."""
+        value = torch.full_like(g, WHISPER).scatter(1, active, gain)
+        return straight_through(value.detach(), self._gains(g) if self.boost else g)
 
     def __getstate__(self) -> dict:
         # What a forward pass left behind is no part of the model, and non-leaf tensors cannot be copied.
         state = self.__dict__.copy()
-        state.update(last_active=None, last_gain=None, last_saliency=None)
+        state.update(last_active=None, last_gain=None, last_saliency=None, last_whole=None)
         return state
 
     def extra_repr(self) -> str:

@@ -44,10 +44,20 @@ def test_counts_must_be_whole_and_positive(name: str, value: object) -> None:
         GateConfig(**{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["stream", "boost", "signed"])
+@pytest.mark.parametrize("name", ["stream", "boost", "signed", "straight_through"])
 def test_switches_must_be_booleans(name: str) -> None:
     with pytest.raises(ConfigError, match=f"`{name}` must be True or False. Got 1"):
         GateConfig(**{name: 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0.5, 0, -2, True, "4", float("inf"), float("nan")])
+def test_a_bound_of_the_gain_is_a_finite_number_of_at_least_one(value: object) -> None:
+    with pytest.raises(
+        ConfigError, match=r"`max_gain` of wrap\(\) must be a finite number of at least 1, or None. Got"
+    ):
+        GateConfig(max_gain=value)  # type: ignore[arg-type]
+    assert GateConfig(max_gain=1).max_gain == 1.0
+    assert GateConfig(max_gain=None).max_gain is None
 
 
 @pytest.mark.parametrize("name", ["include", "exclude"])

@@ -12,9 +12,11 @@ from torch import Tensor
 from gatedprune.errors import ConfigError
 from gatedprune.functional import (
     active_set,
+    bounded_gain,
     channel_gain,
     indexed_conv2d,
     saliency,
+    straight_through,
     subsample,
     winners_take_all,
 )
@@ -137,3 +139,34 @@ def test_indexed_convolution_of_an_empty_batch() -> None:
         torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64), padding=(1, 1),
     )  # fmt: skip
     assert out.shape == (0, 3, 8, 8)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.floats(1, 8))
+def test_a_bounded_gain_is_the_gain_within_its_bounds(values: list[float], limit: float) -> None:
+    x = torch.tensor(values, dtype=torch.float64)
+    wanted = x.relu().clamp(max=limit)
+    assert torch.equal(bounded_gain(x, limit), wanted)
+    assert torch.equal(bounded_gain(x.requires_grad_(), limit), wanted)
+    assert torch.equal(bounded_gain(x, None), x.relu())
+
+
+def test_beyond_the_bound_only_the_way_back_has_a_gradient() -> None:
+    x = torch.tensor([-1.0, 1.0, 5.0, 5.0, 4.0], requires_grad=True)
+    # Descent adds the negative gradient: the third gain is asked to shrink, the last two to grow.
+    bounded_gain(x, 4.0).backward(torch.tensor([-2.0, -2.0, 2.0, -2.0, -2.0]))
+    assert x.grad is not None and x.grad.tolist() == [0, -2, 2, 0, 0]
+
+
+def test_straight_through_computes_one_thing_and_differentiates_another() -> None:
+    value, source = torch.tensor([3.0, -1.0], requires_grad=True), torch.tensor([0.5, 7.0], requires_grad=True)
+    out = straight_through(value, source)
+    assert torch.equal(out, value)
+    out.backward(torch.tensor([1.0, 2.0]))
+    assert value.grad is None and source.grad is not None and source.grad.tolist() == [1, 2]
+
+
+def test_a_subsample_may_be_taken_in_another_type() -> None:
+    x = torch.randn(2, 3, 64, 64).bfloat16()
+    assert subsample(x, dtype=torch.float32).dtype == torch.float32
+    torch.testing.assert_close(subsample(x, dtype=torch.float32), subsample(x.float()))
+    assert subsample(x[:, :, 0, 0], dtype=torch.float32).dtype == torch.float32

@@ -142,3 +142,69 @@ def test_start_is_kept_in_the_state_dict() -> None:
     gate = Gate(5, 3, 2, importance=IMPORTANCE)
     assert set(gate.state_dict()) == {"weight", "bias", "start", "strength"}
     assert torch.equal(gate.state_dict()["start"], IMPORTANCE)
+
+
+def bounded(limit: float | None) -> Gate:
+    """Of three channels the first has the gain 1 + 8·|x|, the others 1."""
+    gate = Gate(3, 1, 3, max_gain=limit)
+    with torch.no_grad():
+        gate.weight[0] = 8
+    return gate
+
+
+def test_a_bound_holds_and_lets_the_gain_come_back() -> None:
+    gate = bounded(4.0)
+    gate(torch.ones(1, 1, 2, 2))
+    assert gate.last_gain is not None
+    assert gate.last_gain.tolist() == [[4, 1, 1]]
+    assert torch.equal(gate.select(torch.ones(1, 1))[1], gate.last_gain)
+    gate.last_gain.sum().backward()  # asks for smaller gains
+    assert gate.weight.grad is not None and gate.weight.grad.flatten().tolist() == [1, 1, 1]
+    gate.weight.grad = None
+    (-gate.select(torch.ones(1, 1))[1].sum()).backward()  # and for larger ones
+    assert gate.weight.grad.flatten().tolist() == [0, -1, -1]
+    free = bounded(None)
+    free(torch.ones(1, 1, 2, 2))
+    assert free.last_gain is not None and free.last_gain.tolist() == [[9, 1, 1]]
+
+
+def test_straight_through_reaches_losers_in_training_only() -> None:
+    gate = Gate(4, 2, 2, importance=torch.tensor([1.0, 2.0, 3.0, 4.0]), straight_through=True)
+    gate(torch.rand(3, 2, 5, 5))
+    whole = gate.last_whole
+    assert whole is not None
+    assert torch.equal(whole[:, 2:], torch.ones(3, 2)) and 0 < float(whole.detach()[:, :2].max()) < 1e-30
+    whole.sum().backward()
+    assert gate.bias.grad is not None and gate.bias.grad.tolist() == [3, 3, 3, 3]
+    with torch.no_grad():
+        gate(torch.rand(3, 2, 5, 5))
+    assert gate.last_whole is None
+    gate.eval()(torch.rand(3, 2, 5, 5))
+    assert gate.last_whole is None
+
+
+def test_straight_through_teaches_a_gate_without_a_gain() -> None:
+    gate = Gate(3, 2, 1, boost=False, straight_through=True)
+    gate(torch.rand(2, 2, 5, 5))
+    assert gate.last_whole is not None
+    gate.last_whole.sum().backward()
+    assert gate.bias.grad is not None and gate.bias.grad.tolist() == [2, 2, 2]
+
+
+def test_what_never_gets_a_gradient_asks_for_none() -> None:
+    """DistributedDataParallel waits for the gradient of every parameter that asks for one."""
+    assert Gate(3, 2, 1).strength.requires_grad
+    assert not Gate(3, 2, 1, boost=False).strength.requires_grad
+
+
+def test_saliencies_keep_their_precision_under_autocast() -> None:
+    gate = Gate(64, 16, 32)
+    with torch.no_grad():
+        gate.weight.normal_(std=1e-4)  # as rounded to bfloat16, all saliencies would be 1
+    x = torch.rand(4, 16, 8, 8).bfloat16()
+    wanted = gate(x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gate(x)
+    assert gate.last_saliency is not None and gate.last_saliency.dtype == torch.float32
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, torch.arange(32).expand(4, 32))

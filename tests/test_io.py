@@ -125,6 +125,14 @@ def test_ratios_set_later_and_the_compact_model_come_back(tmp_path: Path) -> Non
     assert torch.equal(outputs(one)[0], outputs(other)[0])
 
 
+def test_a_folder_from_before_gains_were_bounded_keeps_its_numbers(folder: Path) -> None:
+    assert gatedprune.load(folder).gate_config.max_gain == 4.0
+    edit(folder, lambda c: c["gates"].pop("max_gain"))
+    old = gatedprune.load(folder)
+    assert old.gate_config.max_gain is None
+    assert all(gate.max_gain is None for gate in old.gates.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
     gated = trained(timm.create_model("test_resnet")).to(dtype)

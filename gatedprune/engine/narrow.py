@@ -76,7 +76,15 @@ class Selector(nn.Module):
             s = s.mean(0, keepdim=True)
         if native:
             active, gain = torch.ops.gatedprune.gate(
-                s, gate.weight, gate.bias, gate.start, gate.strength, index, gate.active_count, gate.boost
+                s,
+                gate.weight,
+                gate.bias,
+                gate.start,
+                gate.strength,
+                index,
+                gate.active_count,
+                gate.boost,
+                gate.max_gain,
             )
         else:
             if index is not None:

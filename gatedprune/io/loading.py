@@ -58,7 +58,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, e
     if example_inputs is None:
         example_inputs = _inputs(folder, saved, network)
     try:
-        gated = wrap(network, config=GateConfig.from_dict(saved["gates"]), example_inputs=example_inputs)
+        gated = wrap(network, config=_gates(saved), example_inputs=example_inputs)
     except GatedPruneError as error:
         raise CheckpointError(f"{folder} cannot be restored: {error} {_versions(saved)}") from error
     try:
@@ -92,7 +92,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"gatedprune that wrote it ({(saved.get('versions') or {}).get('gatedprune', 'not named')}), or save anew."
         )
     try:
-        GateConfig.from_dict(saved["gates"])
+        _gates(saved)
         for site in saved["sites"]:
             if not 1 <= site["active"] <= site["channels"] or not isinstance(site["name"] + "", str):
                 raise ValueError(f"{site['active']} of {site['channels']} channels active")
@@ -107,6 +107,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{file} is damaged ({type(error).__name__}: {error}). Copy or save the folder again."
         ) from error
     return saved
+
+
+def _gates(saved: Mapping[str, Any]) -> GateConfig:
+    # Folders from before gains were bounded hold models without a bound.
+    return GateConfig.from_dict({"max_gain": None, **saved["gates"]})
 
 
 def _read_weights(folder: Path, saved: Mapping[str, Any]) -> dict[str, Tensor]:

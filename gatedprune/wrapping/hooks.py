@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -67,8 +68,12 @@ class _Scale:
         gate, at = self.gate, self.at
         active, gain = gate.last_active, gate.last_gain
         assert active is not None and gain is not None  # the graph orders the gate before its readers
-        values = gain if self.gain else gain.new_ones(gain.shape)
-        return scale_channels(x, channel_gain(values, active, at.units, gate.channels), at.channel_dim)
+        if self.gain and gate.last_whole is not None:
+            spread = gate.last_whole if at.units is None else F.pad(gate.last_whole, (0, 1), value=1)[:, at.units]
+        else:
+            values = gain if self.gain else gain.new_ones(gain.shape)
+            spread = channel_gain(values, active, at.units, gate.channels)
+        return scale_channels(x, spread, at.channel_dim)
 
 
 class _ScaleInput(_Scale):

@@ -179,7 +179,8 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
         example_inputs: A tensor (B, C, H, W), or a tuple of the model's arguments; default: by the timm configuration.
         config: All options at once, instead of ``ratio`` and ``options``.
         **options: The other fields of `GateConfig`: ``macs`` (instead of ``ratio``: the share of the dense MACs that
-            may be left), ``include``, ``exclude``, ``round_to``, ``min_channels``, ``stream``, ``boost``, ``signed``.
+            may be left), ``include``, ``exclude``, ``round_to``, ``min_channels``, ``stream``, ``boost``, ``signed``,
+            ``max_gain``, ``straight_through``.
 
     Returns:
         The same object, gated.
@@ -262,7 +263,8 @@ def _make_gate(model: nn.Module, site: Site, ratio: float, config: GateConfig) -
     weight = next(model.get_submodule(site.producers[0].path).parameters())
     return Gate(site.channels, site.in_channels, config.active_count(site.channels, ratio), boost=config.boost,
                 importance=magnitude_importance(model, site), channel_dim=site.gate_at.channel_dim,
-                signed=config.signed, device=weight.device, dtype=weight.dtype)  # fmt: skip
+                signed=config.signed, max_gain=config.max_gain, straight_through=config.straight_through,
+                device=weight.device, dtype=weight.dtype)  # fmt: skip
 
 
 def _mutate(

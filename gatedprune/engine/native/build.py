@@ -194,7 +194,7 @@ def _register_fakes() -> None:
         return x.new_empty(x.shape[0], x.shape[channel_dim])
 
     @torch.library.register_fake("gatedprune::gate")
-    def gate(s, weight, bias, start, strength, index, k, boost):
+    def gate(s, weight, bias, start, strength, index, k, boost, max_gain=None):
         return s.new_empty((s.shape[0], k), dtype=torch.long), s.new_empty(s.shape[0], k)
 
 

@@ -246,16 +246,18 @@ def test_subsample(shape: tuple[int, ...], dim: int) -> None:
 @pytest.mark.parametrize("k", [1, 5, 16])
 @pytest.mark.parametrize("boost", [True, False])
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
-def test_gate(k: int, boost: bool, strength: float) -> None:
+@pytest.mark.parametrize("bound", [None, 1.1])
+def test_gate(k: int, boost: bool, strength: float, bound: float | None) -> None:
     """Ties go to the lower index, as in the reference; most saliencies here are zero, and so tie."""
     g = torch.Generator().manual_seed(k)
-    gate = Gate(16, 8, k, importance=torch.rand(16, generator=g), boost=boost)
+    gate = Gate(16, 8, k, importance=torch.rand(16, generator=g), boost=boost, max_gain=bound)
     with torch.no_grad():
         gate.weight.copy_(torch.randn(16, 8, generator=g))
         gate.strength.fill_(strength)
     s = torch.rand(6, 8, generator=g)
-    found = ops.gate(s, gate.weight, gate.bias, gate.start, gate.strength, None, k, boost)
+    found = ops.gate(s, gate.weight, gate.bias, gate.start, gate.strength, None, k, boost, bound)
     active, gain, _ = gate.select(s)
+    assert bound is None or not boost or strength < 1 or float(gain.max()) == pytest.approx(bound)
     assert torch.equal(found[0], active)
     torch.testing.assert_close(found[1], gain, rtol=0, atol=0)
     index = subsets(6, 8, 3, g)
@@ -349,7 +351,7 @@ def test_operators_are_well_registered() -> None:
     s = torch.rand(2, 5)
     torch.library.opcheck(
         ops.gate.default,
-        (s, torch.randn(6, 5), torch.ones(6), torch.ones(6), torch.ones(()), None, 3, True),
+        (s, torch.randn(6, 5), torch.ones(6), torch.ones(6), torch.ones(()), None, 3, True, 4.0),
         test_utils=checks,
     )
     table, fixed = torch.tensor([[0], [1], [2]]), torch.tensor([3])

@@ -519,7 +519,8 @@ Tensor channel_index(at::TensorList tables, const Tensor& fixed, at::TensorList 
 
 // Saliency and winner-takes-all: s (B, C_in or n) → active set (B, k), ascending, and gain (B, k).
 std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Tensor& bias, const Tensor& start,
-                                const Tensor& strength, const optional<Tensor>& index, int64_t k, bool boost) {
+                                const Tensor& strength, const optional<Tensor>& index, int64_t k, bool boost,
+                                optional<double> max_gain) {
   Tensor s = s_;
   if (index) s = at::zeros({s.size(0), weight.size(1)}, s.options()).scatter_(1, *index, s_);
   const Tensor g = at::linear(s, weight, bias).relu_().contiguous(), from = start.contiguous();
@@ -531,6 +532,7 @@ std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Te
   std::vector<char> wins(C);
   const float* at_start = from.const_data_ptr<float>();
   const float sigma = strength.item<float>();
+  const float most = max_gain ? float(*max_gain) : std::numeric_limits<float>::infinity();
   for (int64_t b = 0; b < B; b++) {
     const float* v = g.const_data_ptr<float>() + b * C;
     int64_t* to = active.mutable_data_ptr<int64_t>() + b * k;
@@ -554,7 +556,7 @@ std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Te
     float* f = gain.mutable_data_ptr<float>() + b * k;
     for (int64_t j = 0; j < k; j++) {
       const float one = 1 + sigma * (v[to[j]] - at_start[to[j]]);
-      f[j] = !boost ? 1.f : one < 0 ? 0.f : one;
+      f[j] = !boost ? 1.f : one < 0 ? 0.f : one > most ? most : one;
     }
   }
   return {active, gain};
@@ -577,7 +579,7 @@ TORCH_LIBRARY(gatedprune, m) {
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
       "Tensor? residual, str activation, bool x_columns=False, bool y_columns=False) -> Tensor");
   m.def("subsample(Tensor x, int channel_dim) -> Tensor");
-  m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor strength, Tensor? index, int k, bool boost) -> (Tensor, Tensor)");
+  m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor strength, Tensor? index, int k, bool boost, float? max_gain=None) -> (Tensor, Tensor)");
   m.def("affine(Tensor x, Tensor scale, Tensor shift, Tensor? index, str activation, bool mean) -> (Tensor, Tensor)");
   m.def("channel_index(Tensor[] tables, Tensor fixed, Tensor[] active, int channels) -> Tensor");
   m.def("instruction_set(str name) -> str", &gatedprune::instruction_set);
