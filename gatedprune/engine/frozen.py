@@ -47,7 +47,8 @@ class FrozenModel(CompactModel):
         gates = {}
         for name in self.active:
             gates[name] = gate = self.gates[name]
-            gate.active_count, gate.boost = len(self.active[name]), False  # of the copy that is this model's own
+            # Of the copy that is this model's own.
+            gate.active_count, gate.boost, gate.kind = len(self.active[name]), False, "topk"
         graph = lower(analysis, gates, fused=False)
         _fold(graph, {id(gates[name]): indices for name, indices in self.active.items()})
         return graph

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from ..config import check_ratio
 from ..engine.layout import Layouts
 from ..errors import ConfigError, ModelError
+from ..functional import active_mask
 from ..gates import Gate
 from ..sites import analyse, capture, evaluating, two_samples
 from ..wrapping import GatedModel, unwrap, wrap
@@ -108,6 +109,7 @@ def prune_dead(gated: Any, batches: Iterable[Any] | None = None, *, found: Usage
     plan = {name: stays for name, stays in plan.items() if name not in left}
     plan = _passing(gated, plan, left)
     model = _rebuilt(gated, plan, left)
+    _confirm(gated, model, plan)
     everything = {name: plan.get(name, torch.arange(count)) for name, count in channels.items()}
     return DeadPruning(
         model=model, kept=everything, channels=channels, left=left,
@@ -178,9 +180,34 @@ def _fault(gated: GatedModel, plan: Mapping[str, Tensor]) -> str:
     )
 
 
+def _confirm(gated: GatedModel, model: GatedModel, plan: Mapping[str, Tensor]) -> None:
+    """Raise unless the smaller model chooses and computes as the old one does when removed channels cannot win."""
+    old, new, args = copy.deepcopy(gated).double(), copy.deepcopy(model).double(), _probe(gated)
+    gone = {}
+    for name, gate in old.gates.items():
+        gone[name] = torch.ones(gate.channels, dtype=torch.bool, device=gate.weight.device)
+        gone[name][plan.get(name, torch.arange(gate.channels)).to(gate.weight.device)] = False
+        gate.active_count = new.gates[name].active_count
+        with torch.no_grad():
+            gate.weight[gone[name]] = 0
+            gate.bias[gone[name]] = -1
+    wanted, found = _outputs(old, args), _outputs(new, args)
+    chosen = {name: active_mask(gate.last_active, gate.channels) for name, gate in old.gates.items()}  # type: ignore[arg-type]
+    alike = ~torch.stack([(mask & gone[name]).any(1) for name, mask in chosen.items()]).any(0)
+    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if a.dim() and len(a) == len(alike)]
+    off = max((float((a[alike] - b[alike]).abs().max()) / (float(b.abs().max()) or 1.0)
+               for a, b in pairs if a[alike].numel()), default=0.0)  # fmt: skip
+    if not off <= _TOLERANCE:
+        raise ModelError(
+            f"Without its dead channels this {type(gated).__name__} computes something else (by {off:.0e}), although "
+            "each site passed its check: it holds more than gates and layers. Please report this with the model's name."
+        )
+
+
 def _always(gate: Gate, stays: Tensor) -> None:
     """Make the gate choose these channels for every input, unscaled."""
     gate.active_count, gate.boost = len(stays), False
+    gate.forget_threshold()
     with torch.no_grad():
         gate.weight.zero_()
         gate.bias.zero_()

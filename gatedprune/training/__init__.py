@@ -7,5 +7,16 @@ predictors, `calibration` puts them into the gates; `oracle` chooses with hindsi
 from .calibration import Calibration, SiteFit, calibrate, held_out_r2
 from .contribution import Contributions
 from .oracle import OracleChoice
+from .thresholds import SiteThreshold, ThresholdFit, fit_thresholds
 
-__all__ = ["Calibration", "Contributions", "OracleChoice", "SiteFit", "calibrate", "held_out_r2"]
+__all__ = [
+    "Calibration",
+    "Contributions",
+    "OracleChoice",
+    "SiteFit",
+    "SiteThreshold",
+    "ThresholdFit",
+    "calibrate",
+    "fit_thresholds",
+    "held_out_r2",
+]

@@ -81,6 +81,9 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
     values alone misses more with every layer. So the first round looks at the dense model, and each further one at the
     gated model, at its present ratios, with the predictors found so far; the moments of all rounds are added up.
 
+    Gates with a threshold (``gate="threshold"``) choose the k largest meanwhile; at last their T is set by
+    `fit_thresholds`, in a few passes more.
+
     Args:
         gated: A model from `gatedprune.wrap`.
         batches: A few hundred samples: an iterable, such as a data loader, of tensors (B, …), or of tuples or lists
@@ -103,7 +106,8 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ConfigError(f"`{name}` of calibrate() must be an integer of at least {least}. Got {value!r}.")
     _check_gated(gated, "calibrate()")
-    if rounds > 1 and isinstance(batches, Iterator):
+    thresholds = any(gate.varies for gate in gated.gates.values())
+    if (rounds > 1 or thresholds) and isinstance(batches, Iterator):
         raise DataError(
             "The `batches` of calibrate() are an iterator, which is used up after one of the rounds: give it a list "
             "or a data loader, or rounds=1."
@@ -120,6 +124,8 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
             with torch.no_grad():
                 for name, (ridge, info) in plans.items():
                     _install(gated.gates[name], ridge, info, moments[name])
+        if thresholds:
+            gated.fit_thresholds(batches, inputs=inputs)
     except BaseException:
         for name, gate in gated.gates.items():
             gate.load_state_dict(before[name])
@@ -227,4 +233,5 @@ def _install(gate: Gate, ridge: Ridge, info: SiteFit, moments: Moments) -> None:
     gate.bias.copy_(info.scale * ridge.bias + info.offset)
     gate.start.copy_(info.scale * total.y[0] / total.count + info.offset)
     gate.strength.zero_()
+    gate.forget_threshold()
     gate.clear()

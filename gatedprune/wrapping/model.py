@@ -94,6 +94,7 @@ class GatedModel(nn.Module):
                 counts.setdefault(gate, self.gate_config.active_count(gate.channels, value))
         for gate, count in counts.items():
             gate.active_count = count
+            gate.forget_threshold()
 
     def reset_gates(self) -> None:
         """Put every gate back to its start: φ = 0, ρ = the magnitude importance of the weights as they are now."""
@@ -104,6 +105,7 @@ class GatedModel(nn.Module):
                 gate.bias.copy_(magnitude_importance(self, site))
                 gate.start.copy_(gate.bias)
                 gate.strength.fill_(1)
+                gate.forget_threshold()
 
     def calibrate(self, batches: Iterable[Any], **options: Any) -> Any:
         """Fit every gate's predictor in closed form, without labels or training: `gatedprune.calibrate`.
@@ -114,6 +116,15 @@ class GatedModel(nn.Module):
         """
         # Later in the order of imports: looked up when first asked for.
         return importlib.import_module("gatedprune.training").calibrate(self, batches, **options)
+
+    def fit_thresholds(self, batches: Iterable[Any], **options: Any) -> Any:
+        """Set the T of every gate (``gate="threshold"``), so that k channels win on average over the data.
+
+        Args:
+            batches: As for `calibrate`, which does this too; call it again after training or `set_ratio`.
+            **options: Those of `gatedprune.training.fit_thresholds`.
+        """
+        return importlib.import_module("gatedprune.training").fit_thresholds(self, batches, **options)
 
     def usage(self, batches: Iterable[Any], **options: Any) -> Any:
         """Count for how many inputs each channel wins, and with labels for which classes: `gatedprune.inside.usage`.
@@ -180,7 +191,7 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
         config: All options at once, instead of ``ratio`` and ``options``.
         **options: The other fields of `GateConfig`: ``macs`` (instead of ``ratio``: the share of the dense MACs that
             may be left), ``include``, ``exclude``, ``round_to``, ``min_channels``, ``stream``, ``boost``, ``signed``,
-            ``max_gain``, ``straight_through``.
+            ``max_gain``, ``straight_through``, ``gate``.
 
     Returns:
         The same object, gated.
@@ -264,7 +275,7 @@ def _make_gate(model: nn.Module, site: Site, ratio: float, config: GateConfig) -
     return Gate(site.channels, site.in_channels, config.active_count(site.channels, ratio), boost=config.boost,
                 importance=magnitude_importance(model, site), channel_dim=site.gate_at.channel_dim,
                 signed=config.signed, max_gain=config.max_gain, straight_through=config.straight_through,
-                device=weight.device, dtype=weight.dtype)  # fmt: skip
+                kind=config.gate, device=weight.device, dtype=weight.dtype)  # fmt: skip
 
 
 def _mutate(
