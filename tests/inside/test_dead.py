@@ -140,6 +140,12 @@ def test_what_a_wrong_cut_would_change_is_caught(resnet: Case, monkeypatch: pyte
     assert "computes something else" in result.left["layer1.0.conv1"]
 
 
+def test_gates_that_lost_what_they_had_learnt_are_caught(resnet: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_copy_gate", lambda *_: None)
+    with pytest.raises(ModelError, match="computes something else .* it holds more than gates and layers"):
+        resnet.gated().prune_dead(list(resnet.inputs()))
+
+
 def test_saved_and_loaded(resnet: Case, pruned: DeadPruning, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -132,10 +132,22 @@ def test_winners_get_gradients_losers_none(fitted: tuple[nn.Module, ThresholdFit
     assert any(bool(gate.bias.grad.any()) for gate in gated.gates.values())
 
 
+def test_losers_learn_straight_through(fitted: tuple[nn.Module, ThresholdFit], images: Tensor) -> None:
+    gated = copy.deepcopy(fitted[0])
+    wanted = run(gated.train(), images[:4])
+    for gate in gated.gates.values():
+        gate.straight_through = True
+    found = gated(images[:4])
+    torch.testing.assert_close(found.detach(), wanted, rtol=1e-4, atol=1e-5)
+    assert all(gate.last_whole.shape == (4, gate.channels) for gate in gated.gates.values())
+
+
 def test_refusals(fitted: tuple[nn.Module, ThresholdFit], images: Tensor, tmp_path: Path) -> None:
     gated = copy.deepcopy(fitted[0])
     with pytest.raises(ConfigError, match="The `gate` of wrap"):
         gatedprune.GateConfig(gate="best")
+    config = gatedprune.GateConfig(gate="threshold")
+    assert gatedprune.GateConfig.from_json(config.to_json()) == config
     with pytest.raises(ConfigError, match="`rounds` of fit_thresholds"):
         gated.fit_thresholds([images], rounds=0)
     with pytest.raises(ModelError, match="is not gated"):
