@@ -141,7 +141,7 @@ def threshold_set(g: Tensor, threshold: Tensor, k: int) -> Tensor:
     wins, the lower index among equals.
 
     Args:
-        g: (B, C). threshold: T, a scalar; NaN: there is none yet, and the k largest win, as in `active_set`.
+        g: (B, C). threshold: T, a scalar; infinite: there is none yet, and the k largest win, as in `active_set`.
         k: 1 ≤ k ≤ C.
 
     Returns:
@@ -150,7 +150,7 @@ def threshold_set(g: Tensor, threshold: Tensor, k: int) -> Tensor:
     samples, channels = g.shape
     order = torch.sort(g.detach(), dim=1, descending=True, stable=True).indices
     places = torch.arange(channels, device=g.device).expand(samples, channels)
-    at_least = torch.where(threshold.isnan(), k, 1)
+    at_least = torch.where(threshold.isinf(), k, 1)
     wins = (g.detach() > threshold).scatter_reduce(1, order, places < at_least, "amax")
     return torch.where(wins, places, channels).sort(dim=1).values
 

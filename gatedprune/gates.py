@@ -30,8 +30,8 @@ class Gate(nn.Module):
 
     With ``kind="threshold"`` a channel wins where its saliency exceeds T, the buffer ``threshold``, and samples have
     different numbers of winners, k on average once `gatedprune.training.fit_thresholds` has set T. Before that T is
-    NaN, and the k largest win. Active sets are then (B, C): a sample's winners, ascending, and C, which is no channel,
-    in the places that are left.
+    infinite, and the k largest win. Active sets are then (B, C): a sample's winners, ascending, and C, which is no
+    channel, in the places that are left.
 
     Args:
         channels: C, the channels (units) of the site.
@@ -68,7 +68,7 @@ class Gate(nn.Module):
         self.register_buffer("start", rho.clone())
         self.strength = nn.Parameter(torch.ones((), device=device, dtype=dtype), requires_grad=boost)
         has_threshold = kind == "threshold"
-        self.register_buffer("threshold", rho.new_full((), float("nan")) if has_threshold else None)
+        self.register_buffer("threshold", rho.new_full((), float("inf")) if has_threshold else None)
         self.clear()
 
     def clear(self) -> None:
@@ -91,7 +91,7 @@ class Gate(nn.Module):
     def forget_threshold(self) -> None:
         """Back to the k largest: T was fitted for other saliencies, or another k."""
         if self.threshold is not None:
-            self.threshold.fill_(float("nan"))
+            self.threshold.fill_(float("inf"))
 
     def select(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the subsampled input s (B, C_in): active set (B, k), gain of the winners (B, k), saliency (B, C).

@@ -90,7 +90,7 @@ def test_threshold_winners_are_those_above_and_the_best(data: st.DataObject) -> 
     threshold, k = data.draw(st.integers(-1, 6)), data.draw(st.integers(1, channels))
     for row, found in zip(g.tolist(), winners_of(g, threshold, k), strict=True):
         assert found == ([c for c, v in enumerate(row) if v > threshold] or [row.index(max(row))])
-    assert winners_of(g, float("nan"), k) == active_set(g, k).tolist()
+    assert winners_of(g, float("inf"), k) == active_set(g, k).tolist()
 
 
 def test_rows_that_are_filled_up_have_no_gain() -> None:

@@ -24,6 +24,10 @@ def gates_of(model: nn.Module, where: str) -> Mapping[str, Gate]:
         raise ModelError(
             f"{where} takes a model that wrap() or compact() returned. {type(model).__name__} is not gated."
         )
+    if isinstance(model, CompactModel) and model.share == "batch":
+        raise ModelError(
+            f"{where} asks what each sample chooses, but compact(share='batch') chooses once for the batch."
+        )
     return model.gates
 
 

@@ -152,7 +152,7 @@ def _check_threshold(gate: Gate, active: Tensor, g: Tensor, k: int, where: str) 
     _check_filled(active, len(g), gate.channels, where)
     wins = active_mask(active, gate.channels)
     assert gate.threshold is not None
-    if bool(gate.threshold.isnan()):
+    if bool(gate.threshold.isinf()):
         assert torch.equal(wins, active_mask(active_set(g, k), gate.channels)), f"{where}: without T, not the k largest"
         return
     wanted = g > gate.threshold

@@ -27,7 +27,7 @@ class SiteThreshold:
     """How the threshold of one gate was set.
 
     Attributes:
-        channels: C. wanted: k. threshold: T; NaN where all channels win.
+        channels: C. wanted: k. threshold: T; infinite where all channels win.
         mean: Winners of a sample on average over the data, with all thresholds in force.
         p20, p80: 20 % and 80 % of the samples have at most so many. least, most: over all samples.
     """

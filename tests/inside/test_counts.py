@@ -163,6 +163,8 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(
 def test_refusals(gated: nn.Module, images: Tensor, labels: Tensor) -> None:
     with pytest.raises(ModelError, match=r"usage\(\) takes a model that wrap\(\) or compact\(\) returned"):
         usage(nn.Linear(2, 2), [images])
+    with pytest.raises(ModelError, match=r"compact\(share='batch'\) chooses once for the batch"):
+        usage(gatedprune.compact(gated, images[:2], backend="torch", share="batch"), [images])
     with pytest.raises(DataError, match="are empty"):
         usage(gated, [])
     with pytest.raises(DataError, match="say with `inputs=` how"):

@@ -48,7 +48,7 @@ def test_untouched_it_is_the_static_model(images: Tensor) -> None:
     gated, exact = wrapped("threshold", images), wrapped("topk", images)
     assert torch.equal(run(gated, images), run(exact, images))
     for name, gate in gated.gates.items():
-        assert bool(gate.threshold.isnan()) and gate.last_active.shape == (16, gate.channels)
+        assert bool(gate.threshold.isinf()) and gate.last_active.shape == (16, gate.channels)
         assert torch.equal(gate.last_active[:, : gate.active_count], exact.gates[name].last_active)
         assert bool((gate.last_active[:, gate.active_count :] == gate.channels).all())
 
@@ -105,11 +105,11 @@ def test_macs_are_a_mean_with_a_spread(fitted: tuple[nn.Module, ThresholdFit], i
 def test_another_ratio_or_a_reset_forgets_them(fitted: tuple[nn.Module, ThresholdFit], images: Tensor) -> None:
     gated = copy.deepcopy(fitted[0])
     gated.set_ratio({"layer1.0.conv1": 0.25})
-    assert [n for n, g in gated.gates.items() if bool(g.threshold.isnan())] == ["layer1.0.conv1"]
+    assert [n for n, g in gated.gates.items() if bool(g.threshold.isinf())] == ["layer1.0.conv1"]
     run(gated, images)
     assert counts(gated)["layer1.0.conv1"] == [24] * 16
     gated.reset_gates()
-    assert all(bool(gate.threshold.isnan()) for gate in gated.gates.values())
+    assert all(bool(gate.threshold.isinf()) for gate in gated.gates.values())
 
 
 def test_saved_and_loaded(fitted: tuple[nn.Module, ThresholdFit], images: Tensor, tmp_path: Path) -> None:
