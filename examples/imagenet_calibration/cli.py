@@ -13,8 +13,9 @@ import torch
 import gatedprune
 from gatedprune.measure import environment
 
-from .data import load_images, load_labels, load_model
-from .measure import RANKINGS, measure, taylor_gradients, top1
+from .baselines import RANKINGS, taylor_gradients
+from .data import load_images, load_labels, load_model, load_views
+from .measure import Views, measure, measure_allocated, top1
 
 __all__ = ["main", "table"]
 
@@ -26,6 +27,9 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
     rows = [("", *(f"{run['ratio']:g}" for run in runs)), ("---",) * (len(runs) + 1)]
     rows += [(f"static, {name}", *(f"{run['static'][name]:.1f}" for run in runs)) for name in runs[0]["static"]]
     rows.append(("dynamic, calibrated", *(f"{run['dynamic']:.1f}" for run in runs)))
+    if "allocated" in runs[0]:
+        for way in ("static", "dynamic"):
+            rows.append((f"{way}, calibrated, allocated", *(f"{run['allocated'][way]:.1f}" for run in runs)))
     if "oracle" in runs[0]:
         rows.append(("dynamic, per-image oracle", *(f"{run['oracle']:.1f}" for run in runs)))
     rows.append(("MACs left, predictors included", *(f"{run['macs']:.2f}" for run in runs)))
@@ -53,7 +57,9 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
 @click.option("--include", multiple=True, help="Gate only sites that fit this pattern; may be given several times.")
 @click.option("--exclude", multiple=True, help="Never gate sites that fit this pattern.")
 @click.option("--signed/--absolute", default=True, help="What gates see: the mean, or the mean absolute value.")
-@click.option("--rounds", type=click.IntRange(1), default=3, help="Passes over the calibration images.")
+@click.option("--rounds", type=click.IntRange(1), default=4, help="Passes over the calibration images.")
+@click.option("--views", type=click.IntRange(1), default=1, help="The images themselves, and random crops of them.")
+@click.option("--allocate/--uniform", default=False, help="Also ratios by sensitivity, at the same MACs.")
 @click.option(
     "--ranking",
     "rankings",
@@ -68,25 +74,31 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
 @click.option("--batch", type=click.IntRange(1), default=50, help="Images a forward pass.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the numbers to this file.")
 def main(model: str, weights: Path | None, images: Path, labels: Path, calibration: Path, ratios: tuple[float, ...],
-         include: tuple[str, ...], exclude: tuple[str, ...], signed: bool, rounds: int, rankings: tuple[str, ...],
-         yardsticks: bool, mean: float | None, std: float | None, batch: int, file: Path | None) -> None:  # fmt: skip
+         include: tuple[str, ...], exclude: tuple[str, ...], signed: bool, rounds: int, views: int, allocate: bool,
+         rankings: tuple[str, ...], yardsticks: bool, mean: float | None, std: float | None, batch: int,
+         file: Path | None) -> None:  # fmt: skip
     """Top-1 of dense, static and dynamic pruning without training, at the same number of channels."""
     try:
         net = load_model(model, weights).to(memory_format=torch.channels_last)  # a quarter faster on CPUs
         pictures, names = load_images(images, net, mean, std)
         truth = load_labels(labels, names)
-        other, _ = load_images(calibration, net, mean, std)
+        other = load_views(calibration, net, mean, std, views)
         gated = gatedprune.wrap(net, ratio=0.0, example_inputs=pictures[:1], include=include, exclude=exclude,
                                 signed=signed)  # fmt: skip
         if "taylor" in rankings:
-            taylor_gradients(gated, other, batch)
+            taylor_gradients(gated, other[0], batch)
         dense, runs = top1(gated, pictures, truth, batch), []
         for ratio in ratios:
-            runs.append(measure(gated, ratio, other, pictures, truth, batch=batch, rounds=rounds, rankings=rankings,
-                                yardsticks=yardsticks))  # fmt: skip
+            data = Views(other, batch)
+            run = measure(gated, ratio, data, pictures, truth, batch=batch, rounds=rounds, rankings=rankings,
+                          yardsticks=yardsticks)  # fmt: skip
+            if allocate:
+                run["allocated"] = measure_allocated(gated, run["macs"], data, pictures, truth, batch=batch,
+                                                     rounds=rounds)  # fmt: skip
+            runs.append({"ratio": ratio, **run})
             if file is not None:  # after each ratio: they take minutes
                 options = {"model": model, "include": include, "exclude": exclude, "signed": signed, "rounds": rounds,
-                           "images": len(pictures), "calibration": len(other)}  # fmt: skip
+                           "views": views, "images": len(pictures), "calibration": len(other[0])}  # fmt: skip
                 result = {"options": options, "dense": dense, "runs": runs,
                           "environment": dataclasses.asdict(environment())}  # fmt: skip
                 file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
