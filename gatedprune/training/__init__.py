@@ -1,7 +1,7 @@
 """Getting gates to choose well: calibration in closed form, without labels and without training.
 
 `contribution` measures what each channel gives to the layers that read it (`reader`), `moments` accumulates it, `ridge`
-fits the predictors, `matching` follows what suppression does to batch norms, and `calibration` puts it all into the gates.
+fits the predictors, `matching` follows what suppression does to batch norms, and `calibration` puts it all in place.
 `allocation` gives each site its ratio; `oracle` chooses with hindsight, as a yardstick.
 """
 

@@ -23,9 +23,9 @@ from .ridge import SHRINKAGES, Ridge, fit, squared_errors
 __all__ = ["Calibration", "SiteFit", "calibrate", "check_gated", "held_out_r2", "match_norms",
            "model_arguments"]  # fmt: skip
 
-# Saliencies are shifted up until this many standard deviations below its mean a channel's is still positive: what the
-# rectifier cuts off would no longer be ranked.
-MARGIN = 8.0
+# Saliencies are shifted up until this many standard deviations below its mean a channel's is still at this floor: what
+# the rectifier cuts off would no longer be ranked.
+MARGIN, FLOOR = 8.0, 0.01
 
 Inputs = Callable[[Any], Any]
 
@@ -65,7 +65,7 @@ class Calibration:
 
     def __str__(self) -> str:
         width = max([len(name) for name in self.sites] + [4])
-        lines = [f"calibrated {len(self.sites)} gates on {self.samples} samples, matched {len(self.norms)} batch norms",
+        lines = [f"calibrated {len(self.sites)} gates on {self.samples} samples; {len(self.norms)} batch norms matched",
                  f"{'site':<{width}}  channels  gate sees  shrinkage      R²"]  # fmt: skip
         for name, site in self.sites.items():
             r2 = "–" if site.r2 is None else f"{site.r2:.2f}"
@@ -87,9 +87,9 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
     the gated model, at its present ratios, with the predictors found so far, and contributions are what each channel
     adds to those that win. The moments of these further rounds are added up.
 
-    A layer that reads fewer channels gives another mean and variance than the batch norm behind it was made for. A scale
-    and a shift for each channel of that norm's input, kept with the gates, match them to the dense model's on the same
-    samples (`norms`). They hold for the present ratios: `set_ratio` takes them out. `compact`, `save` and `export`
+    A layer that reads fewer channels gives another mean and variance than the batch norm behind it was made for. A
+    scale and a shift for each channel of that norm's input, kept with the gates, match them to the dense model's on the
+    same samples (`norms`); on the way, batch by batch: give batches of a few dozen. They hold for the present ratios: `set_ratio` takes them out. `compact`, `save` and `export`
     carry them; the norm's own statistics and the backbone's state dict stay as they were.
 
     Args:
@@ -111,8 +111,8 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
         DataError: no batches, batches that can be gone through only once, or activations that are not finite. The gates
             are then as they were.
 
-    Source: gatedprune's own. Contributions are gradients of the squared error of what readers give, by the gates; rounds
-    with averaged gradients are those of a Frank-Wolfe method (Jaggi, ICML 2013).
+    Source: gatedprune's own. Contributions are gradients of the squared error of what readers give, by the gates;
+    rounds that average them are those of a Frank-Wolfe method (Jaggi, ICML 2013).
     """
     for name, value, least in (("rounds", rounds, 1), ("folds", folds, 2)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
@@ -182,8 +182,8 @@ def held_out_r2(gated: Any, calibration: Calibration, batches: Iterable[Any],
                 inputs: Inputs | None = None) -> dict[str, float]:  # fmt: skip
     """R² of calibrated predictors on other data: 1 − their squared errors / those of the calibration's constant term.
 
-    What the gates see is taken from the gated model at its present ratios; contributions are the dense model's channels',
-    beside the winners.
+    What the gates see is taken from the gated model at its present ratios; contributions are those of the
+    dense model's channels beside the winners.
 
     Args:
         gated: The calibrated model, its gates as `calibrate` left them. calibration: what it returned.
@@ -255,7 +255,7 @@ class _Passes:
                     with suspended(gated):
                         self.norms = following_norms(gated, *args)
                 if not samples:
-                    record = stack.enter_context(Contributions(gated, self.norms))
+                    record = stack.enter_context(Contributions(gated, self.norms, matched=self.matching))
                     matching = stack.enter_context(Matching(gated, self.norms if self.matching else {}))
                 record.clear()
                 record.reading, matching.dense = reading, True
@@ -299,7 +299,7 @@ def _plan(gate: Gate, moments: Moments, dynamic: bool) -> tuple[Ridge, SiteFit]:
     cov = total.xx[0] / total.count - mx[:, None] * mx
     spread = ((ridge.weight @ cov) * ridge.weight).sum(1).clamp_min(0).sqrt()
     lowest = (total.y[0] / total.count - MARGIN * spread).min()
-    offset = max(0.0, -scale * float(lowest))
+    offset = max(0.0, FLOOR - scale * float(lowest))
     return ridge, SiteFit(gate.channels, gate.in_channels, ridge.shrinkage, ridge.r2, scale, offset)
 
 

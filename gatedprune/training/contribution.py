@@ -37,19 +37,20 @@ class Contributions:
         gated: A gated model.
         norms: Reader path → path of the batch norm behind it (`following_norms`): errors are then measured in that
             norm's output.
+        matched: Those norms are matched to what is left (`Matching`): errors are those that remain then.
 
     Attributes:
         seen: Site name → s(x), (B, C_in), float64, of the last forward pass.
         reading: Whether forward passes record what readers read.
     """
 
-    def __init__(self, gated: GatedModel, norms: Mapping[str, str] | None = None) -> None:
+    def __init__(self, gated: GatedModel, norms: Mapping[str, str] | None = None, matched: bool = True) -> None:
         self.gated = gated
         self.seen: dict[str, Tensor] = {}
         self.reading = True
         self._read: dict[str, list[tuple[Reader | Attach, Tensor]]] = {}
         self._handles: list[RemovableHandle] = []
-        self._readers = {site.name: self._readers_of(site, norms or {}) for site in gated.gated_sites}
+        self._readers = {site.name: self._readers_of(site, norms or {}, matched) for site in gated.gated_sites}
 
     def clear(self) -> None:
         """Forget the last forward pass; call it before the next."""
@@ -93,7 +94,7 @@ class Contributions:
             handle.remove()
         self._handles.clear()
 
-    def _readers_of(self, site: Site, norms: Mapping[str, str]) -> list[tuple[Attach, Reader | Attach]]:
+    def _readers_of(self, site: Site, norms: Mapping[str, str], matched: bool) -> list[tuple[Attach, Reader | Attach]]:
         """Where the site is read by linear layers with weights of their own; if by others too, where the gain is."""
         found: list[tuple[Attach, Reader | Attach]] = []
         for edge in site.consumers:
@@ -101,7 +102,7 @@ class Contributions:
             if squared_weights(module, edge) is None:
                 break  # a reader that cannot be weighed: then all are left to the activation
             norm = self.gated.get_submodule(norms[edge.path]) if edge.path in norms else None
-            reader = Reader(module, edge, site.channels, norm)
+            reader = Reader(module, edge, site.channels, norm, matched)
             found.append((Attach(edge.path, "input", reader.dim, edge.units), reader))
         else:
             if found:

@@ -38,13 +38,17 @@ class Reader:
     Args:
         module: The layer. edge: how it hangs on the site. channels: C of the site.
         norm: The batch norm behind it, whose scale tells what an output channel counts; None: all count the same.
+        matched: The norm is matched to what is left of the layer's output.
     """
 
-    def __init__(self, module: nn.Module, edge: Edge, channels: int, norm: nn.Module | None) -> None:
+    def __init__(
+        self, module: nn.Module, edge: Edge, channels: int, norm: nn.Module | None, matched: bool = True
+    ) -> None:
         squares = squared_weights(module, edge)
         if squares is None:
             raise ValueError(f"{edge.path} has no weights that can be seen")
         self.module, self.channels, self.norm, self.squares = module, channels, norm, squares
+        self.matched = matched and norm is not None
         self.dim = 1 if edge.op.startswith("conv") else -1
         self.units = edge.units
 
@@ -52,8 +56,8 @@ class Reader:
         """What it costs to suppress each channel rather than keep it: change of the squared error of the output.
 
         The error is that of the layer's output, on this input, with the channels of ``active`` alone: its mean over
-        places, summed over output channels in units of the norm behind. Where a norm follows, it is matched to the
-        whole layer's mean and variance first. With all channels active, the cost of the first to go is its squared
+        places, summed over output channels in units of the norm behind. Where a norm is matched, the output is
+        brought to the whole layer's mean and variance first. With all channels active, the cost of the first to go is its squared
         activation times the squared weights that read it.
 
         Args:
@@ -101,7 +105,7 @@ class Reader:
 
     def _error(self, out: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
         """The error of the output, and the scale that matching multiplies each channel by, (C_out,)."""
-        if self.norm is None:
+        if not self.matched:
             return out - whole, self.squares.new_ones(out.shape[self.dim], device=out.device)
         scale, shift = match(moments_of(out), moments_of(whole))
         return out * self._view(scale.to(out), out) + self._view(shift.to(out), out) - whole, scale

@@ -1,7 +1,7 @@
 """Batch norms of a gated model: what reaches them is matched to what reaches them in the dense one.
 
 Without its suppressed channels a layer's output is smaller, and its mean is another; the batch norm behind it was made
-for the dense layer's. A scale and a shift for each channel, multiplied on and added to the norm's input, put that right.
+for the dense layer's. A scale and a shift for each channel of the norm's input put that right.
 They live with the gates: the norm's own statistics stay, so a checkpoint of the backbone loads, and `unwrap` restores.
 """
 
@@ -26,7 +26,7 @@ def is_match(key: str) -> bool:
 
 
 class GateModules(nn.Module):
-    """The submodule that holds a model's gates, and the matches of its batch norms as buffers ``path:scale``, ``path:shift``."""
+    """The submodule that holds a model's gates, and as buffers the matches of its batch norms."""
 
     def match(self, path: str) -> tuple[Tensor, Tensor] | None:
         """Scale and shift, each (C,), of the input of the batch norm ``path``; None: it stays as it is."""
