@@ -178,8 +178,8 @@ def share_out(curves: Mapping[str, Mapping[int, float]], cost: Callable[[Mapping
     least = cost({name: min(curve) for name, curve in curves.items()})
     if least > budget:
         raise ConfigError(
-            f"`macs` of allocate() cannot be met: with all sites at the last of the `levels`, {least:,} MACs are left, and "
-            f"the budget is {budget:,}. Give a larger `macs`, or add a larger ratio to `levels`."
+            f"`macs` of allocate() cannot be met: with all sites at the last of the `levels`, {least:,} MACs are left. "
+            f"The budget is {budget:,}. Give a larger `macs`, or add a larger ratio to `levels`."
         )
     spent = cost(counts)
     while spent > budget:

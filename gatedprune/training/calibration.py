@@ -89,8 +89,9 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
 
     A layer that reads fewer channels gives another mean and variance than the batch norm behind it was made for. A
     scale and a shift for each channel of that norm's input, kept with the gates, match them to the dense model's on the
-    same samples (`norms`); on the way, batch by batch: give batches of a few dozen. They hold for the present ratios: `set_ratio` takes them out. `compact`, `save` and `export`
-    carry them; the norm's own statistics and the backbone's state dict stay as they were.
+    same samples (`norms`); on the way, batch by batch: give batches of a few dozen. They hold for the present ratios:
+    `set_ratio` takes them out. `compact`, `save` and `export` carry them; the norm's own statistics and the backbone's
+    state dict stay as they were.
 
     Args:
         gated: A model from `gatedprune.wrap`.

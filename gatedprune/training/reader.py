@@ -57,8 +57,8 @@ class Reader:
 
         The error is that of the layer's output, on this input, with the channels of ``active`` alone: its mean over
         places, summed over output channels in units of the norm behind. Where a norm is matched, the output is
-        brought to the whole layer's mean and variance first. With all channels active, the cost of the first to go is its squared
-        activation times the squared weights that read it.
+        brought to the whole layer's mean and variance first. With all channels active, the cost of the first to go is
+        its squared activation times the squared weights that read it.
 
         Args:
             x: The layer's input in the dense model. active: (B, k), or None for all. samples: B; rows of x may be
