@@ -83,7 +83,7 @@ def allocate(gated: Any, batches: Iterable[Any], *, macs: float, levels: Sequenc
         gated: A model from `gatedprune.wrap`. Its ratios are set.
         batches, inputs: As for `gatedprune.calibrate`; some ten to a hundred samples do. Gone through once, with one
             pass for each site and level.
-        macs: The share of the dense MACs that may be left, in (0, 1], predictors included.
+        macs: The share of the dense MACs that may be left, predictors included.
         levels: Ratios to measure at, ascending; losses between them are interpolated, and beyond the last none is
             considered.
         loss: From the dense output and the gated one to a loss for each sample, (B,); default: `divergence`.
@@ -93,8 +93,8 @@ def allocate(gated: Any, batches: Iterable[Any], *, macs: float, levels: Sequenc
         ModelError: the model is not gated. The ratios are then as they were.
     """
     check_gated(gated, "allocate()")
-    if isinstance(macs, bool) or not isinstance(macs, (int, float)) or not 0 < macs <= 1:
-        raise ConfigError(f"`macs` of allocate() must be a number in (0, 1]. Got {macs!r}.")
+    if isinstance(macs, bool) or not isinstance(macs, (int, float)) or not 0 < macs < math.inf:
+        raise ConfigError(f"`macs` of allocate() must be a number above 0: a share of the dense MACs. Got {macs!r}.")
     asked = [check_ratio(level, "allocate(), `levels`,") for level in levels]
     if not asked or asked[0] <= 0 or any(b <= a for a, b in zip(asked, asked[1:], strict=False)):
         raise ConfigError(f"`levels` of allocate() must be ratios above 0, ascending. Got {levels!r}.")
