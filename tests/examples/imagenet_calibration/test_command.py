@@ -85,6 +85,20 @@ def test_the_command_prints_a_table_and_writes_json(files: Path) -> None:
     assert found["options"]["calibration"] == 16
 
 
+def test_held_out_calibration_images_take_the_place_of_images(files: Path) -> None:
+    out = files / "out.json"
+    common = ["--model", MODEL, "--weights", str(files / "w.pth"), "--calibration", str(files / "calibration.tar")]
+    options = ["--ratio", "0.25", "--ranking", "magnitude", "--rounds", "1", "--no-yardsticks", "--json", str(out)]
+    run = CliRunner().invoke(main, [*common, "--held-out", "4", *options], catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    found = json.loads(out.read_text())
+    assert found["dense"] == 100  # the dense model's own answers
+    assert (found["options"]["images"], found["options"]["calibration"]) == (4, 12)
+    run = CliRunner().invoke(main, common)
+    assert run.exit_code == 2
+    assert "--images and --labels, or --held-out" in run.output
+
+
 def test_static_is_what_torch_pruning_leaves(files: Path) -> None:
     """The masked model with a static choice has the top-1 of the pruned one; choices do not outlive their block."""
     model = load_model(MODEL, files / "w.pth")
