@@ -70,8 +70,8 @@ def test_norms_follow_what_reads_a_site() -> None:
     model = gated()
     with torch.no_grad(), suspended(model):
         found = following_norms(model, torch.zeros(1, 3, 48, 48).double())
-    assert found["blocks.1.0.conv_pwl"] == "blocks.1.0.bn3"
-    assert not any(path.endswith("bn2") for path in found.values() if "blocks.1.0" in path)
+    assert found["blocks.3.0.conv_pwl"] == "blocks.3.0.bn3"
+    assert not any(path.endswith("bn2") for path in found.values() if "blocks.3.0" in path)
     assert all(isinstance(model.get_submodule(p), torch.nn.BatchNorm2d) for p in found.values())
 
 

@@ -14,7 +14,7 @@ import gatedprune
 from gatedprune.sites import suspended
 from gatedprune.wrapping import apply_match
 
-NORM = "blocks.1.0.bn3"
+NORM = "blocks.3.0.bn3"
 
 
 @pytest.fixture(scope="module")

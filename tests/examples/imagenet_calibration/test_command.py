@@ -121,7 +121,7 @@ def test_bias_compensation_puts_suppressed_channels_at_their_mean(files: Path) -
     """In front of a 1×1 convolution that is a bias: the mean of what is lost."""
     model = load_model(MODEL, files / "w.pth")
     images, _ = load_images(files / "images.tar", model, None, None)
-    gated: Any = gatedprune.wrap(model, 0.0, example_inputs=images[:1], include="blocks.1.0.conv_pw")
+    gated: Any = gatedprune.wrap(model, 0.0, example_inputs=images[:1], include="blocks.1.0.conv_exp")
     means = reading_means(gated, images, 5)
     path = "blocks.1.0.conv_pwl"
     reader, seen = gated.get_submodule(path), []
