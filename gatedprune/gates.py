@@ -58,7 +58,7 @@ class Gate(nn.Module):
                  straight_through: bool = False, kind: str = "topk", device=None, dtype=None) -> None:  # fmt: skip
         super().__init__()
         self.channels, self.in_channels = channels, in_channels
-        self.active_count, self.channel_dim, self.boost, self.signed = active_count, channel_dim, boost, signed
+        self._active_count, self.channel_dim, self.boost, self.signed = active_count, channel_dim, boost, signed
         self.max_gain, self.straight_through, self.kind = max_gain, straight_through, kind
         self.weight = nn.Parameter(torch.zeros(channels, in_channels, device=device, dtype=dtype))
         rho = torch.ones(channels, device=device, dtype=dtype)
@@ -77,6 +77,17 @@ class Gate(nn.Module):
         self.last_gain: Tensor | None = None
         self.last_saliency: Tensor | None = None
         self.last_whole: Tensor | None = None
+
+    @property
+    def active_count(self) -> int:
+        """k; on average, with a threshold. Setting another k forgets T, which belonged to the old one."""
+        return self._active_count
+
+    @active_count.setter
+    def active_count(self, count: int) -> None:
+        if count != self._active_count:
+            self.forget_threshold()
+        self._active_count = count
 
     @property
     def ratio(self) -> float:

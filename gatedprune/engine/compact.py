@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ..errors import BackendError, ConfigError, DataError, ModelError
 from ..gates import Gate
 from ..sites import Analysis, analyse, capture, normalise_inputs, two_samples
-from ..wrapping import GatedModel
+from ..wrapping import GatedModel, bake_matches
 from . import native
 from .lowering import lower
 from .narrow import Selector
@@ -82,12 +82,16 @@ class CompactModel(nn.Module):
         if backend == "native":
             native.load(required=True)
         source = copy.deepcopy(gated).eval().requires_grad_(False)
+        self._settle(source)
         # Not a submodule: its parameters live on in the lowered graphs, and it is never called.
         self.__dict__["_source"] = source
         self._lowered = nn.ModuleDict()
         self._last = ""
         self._chosen: dict[str, Tensor] | None = None  # what a call that went sample by sample chose
         self.train(False)
+
+    def _settle(self, source: GatedModel) -> None:
+        bake_matches(source, source.gate_modules)
 
     def prepare(self, *args: Any) -> fx.GraphModule:
         """Lower the model for arguments of these shapes (any batch size); done once for each image size."""

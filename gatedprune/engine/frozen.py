@@ -43,6 +43,9 @@ class FrozenModel(CompactModel):
         super().__init__(gated, "torch")
         self.active = {name: indices.detach().cpu().clone() for name, indices in active.items()}
 
+    def _settle(self, source: GatedModel) -> None:
+        source.gate_modules.clear_matches()  # a static model is cut from the dense one
+
     def _graph(self, analysis: Any) -> fx.GraphModule:
         gates = {}
         for name in self.active:

@@ -160,6 +160,7 @@ def _passing(gated: GatedModel, plan: dict[str, Tensor], left: dict[str, str]) -
 def _fault(gated: GatedModel, plan: Mapping[str, Tensor]) -> str:
     """Why the model cut to ``plan`` is not the gated model with just those channels suppressed; "" where it is."""
     reference = copy.deepcopy(gated).double()
+    reference.gate_modules.clear_matches()  # of the gated model, not of its layers
     for name, gate in reference.gates.items():
         _always(gate, plan.get(name, torch.arange(gate.channels)))
     narrow = unwrap(copy.deepcopy(gated)).double()
@@ -258,6 +259,7 @@ def _rebuilt(gated: GatedModel, plan: dict[str, Tensor], left: dict[str, str]) -
         for name, gate in gated.gates.items():
             rows = plan.get(name, torch.arange(gate.channels))
             _copy_gate(gate, new.gates[name], rows.to(device), columns[name].to(device), name)
+    _copy_matches(gated, new, plan)
     new.__dict__["_gatedprune_pruned"] = _composed(gated, plan)
     for source, target in zip(gated.modules(), new.modules(), strict=True):
         target.training = source.training
@@ -298,6 +300,23 @@ def _copy_gate(old: Gate, new: Gate, rows: Tensor, columns: Tensor, name: str) -
             value = value.index_select(1, columns)
         mine[key].copy_(value)
     new.active_count = min(old.active_count, len(rows))
+
+
+def _copy_matches(gated: GatedModel, new: GatedModel, plan: Mapping[str, Tensor]) -> None:
+    """What calibration matched batch norms by, without the channels that are gone."""
+    for path in gated.gate_modules.matched:
+        match = gated.gate_modules.match(path)
+        assert match is not None
+        stays = torch.ones(len(match[0]), dtype=torch.bool)
+        for site in gated.gated_sites:
+            for edge in site.carriers if site.name in plan else ():
+                if edge.path == path:
+                    alive = torch.zeros(site.channels + 1, dtype=torch.bool)
+                    alive[plan[site.name]] = True
+                    alive[-1] = True  # index −1: channels that are not of this site
+                    stays &= alive[edge.units.cpu()]
+        scale, shift = (value[stays.to(value.device)].clone() for value in match)
+        new.gate_modules.set_match(path, scale, shift)
 
 
 def _composed(gated: GatedModel, plan: Mapping[str, Tensor]) -> dict[str, tuple[int, tuple[int, ...]]]:

@@ -18,7 +18,7 @@ from ..config import GateConfig
 from ..errors import CheckpointError, GatedPruneError, ModelError
 from ..files import read_tensors
 from ..inside import cut_again
-from ..wrapping import GATES, GatedModel, is_gated, unwrap, wrap
+from ..wrapping import GATES, GatedModel, is_gated, is_match, unwrap, wrap
 from .architecture import build, timm_name
 from .saving import CONFIG, FORMAT, WEIGHTS, digest, sites_of
 
@@ -63,7 +63,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, e
         raise CheckpointError(f"{folder} cannot be restored: {error} {_versions(saved)}") from error
     try:
         _check_sites(folder, saved, gated, same_shape)
-        _check_tensors(folder, saved, tensors, gated.state_dict(), "gates", given)
+        _check_tensors(folder, saved, tensors, _with_matches(gated, tensors), "gates", given)
     except CheckpointError:
         unwrap(gated)
         raise
@@ -173,6 +173,17 @@ def _accepted(model: nn.Module, folder: Path, saved: Mapping[str, Any]) -> nn.Mo
             f"{folder} holds a {theirs!r}, but `model` is a {mine!r}. Give a {theirs!r}, or leave `model` out."
         )
     return model
+
+
+def _with_matches(gated: GatedModel, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state dict to expect: which batch norms are matched is said by the file."""
+    backbone = gated.backbone_state_dict()
+    wanted: dict[str, Any] = gated.state_dict()
+    for key in tensors:
+        path, _, _ = key.removeprefix(GATES + ".").replace("/", ".").rpartition(":")
+        if key.startswith(GATES + ".") and is_match(key) and f"{path}.running_mean" in backbone:
+            wanted[key] = backbone[f"{path}.running_mean"]
+    return wanted
 
 
 def _check_tensors(folder: Path, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Mapping[str, Any],

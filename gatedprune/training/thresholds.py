@@ -15,7 +15,7 @@ from ..errors import ConfigError, DataError, ModelError
 from ..gates import Gate
 from ..sites import evaluating
 from ..wrapping import GatedModel
-from .calibration import _arguments
+from .calibration import model_arguments
 
 __all__ = ["SiteThreshold", "ThresholdFit", "fit_thresholds"]
 
@@ -133,7 +133,7 @@ def _observe(gated: Any, batches: Iterable[Any], inputs: Any) -> tuple[dict[str,
     saliencies: dict[str, list[Tensor]] = {name: [] for name in gated.gates}
     winners: dict[str, list[Tensor]] = {name: [] for name in gated.gates}
     with torch.no_grad(), evaluating(gated):
-        for args in _arguments(gated, batches, inputs, "fit_thresholds()"):
+        for args in model_arguments(gated, batches, inputs, "fit_thresholds()"):
             gated(*args)
             for name, gate in gated.gates.items():
                 saliencies[name].append(gate.last_saliency.cpu())

@@ -19,6 +19,7 @@ from .containers import GATES as _GATES
 from .containers import hiding
 from .hooks import GatingState, attach
 from .importance import magnitude_importance
+from .matching import GateModules, attach_matches, is_match
 
 __all__ = ["GatedModel", "is_gated", "unwrap", "wrap"]
 
@@ -39,9 +40,14 @@ class GatedModel(nn.Module):
     @property
     def gates(self) -> dict[str, Gate]:
         """Site name → gate, in the order in which the model runs them."""
+        return {site: getattr(self.gate_modules, _key(site)) for site in self._gatedprune_sites}
+
+    @property
+    def gate_modules(self) -> GateModules:
+        """The submodule that holds the gates, and what batch norms were matched by (see `calibrate`)."""
         modules = self._modules[_GATES]
-        assert modules is not None
-        return {site: getattr(modules, _key(site)) for site in self._gatedprune_sites}
+        assert isinstance(modules, GateModules)
+        return modules
 
     @property
     def gate_config(self) -> GateConfig:
@@ -81,6 +87,8 @@ class GatedModel(nn.Module):
     def set_ratio(self, ratio: float | Mapping[str, float]) -> None:
         """Change the share of suppressed channels: of every gate, or of those that a mapping's patterns name.
 
+        Batch norms that calibration matched to the old ratios see their input as it is again: calibrate anew.
+
         Raises:
             ConfigError: A ratio outside [0, 1), or a pattern that fits no site. Nothing changes then.
         """
@@ -92,12 +100,14 @@ class GatedModel(nn.Module):
             value = check_ratio(value, f"set_ratio(), pattern {pattern!r},")
             for gate in hits.values():
                 counts.setdefault(gate, self.gate_config.active_count(gate.channels, value))
+        if any(gate.active_count != count for gate, count in counts.items()):
+            self.gate_modules.clear_matches()  # they belong to the ratios that they were measured at
         for gate, count in counts.items():
             gate.active_count = count
-            gate.forget_threshold()
 
     def reset_gates(self) -> None:
         """Put every gate back to its start: φ = 0, ρ = the magnitude importance of the weights as they are now."""
+        self.gate_modules.clear_matches()
         for site in self.gated_sites:
             gate = self.gates[site.name]
             with torch.no_grad():
@@ -286,9 +296,10 @@ def _mutate(
     try:
         for site in sites:
             attach(model, site, gates[site.name], state)
-        container = nn.Module()
+        container = GateModules()
         for name, gate in gates.items():
             container.add_module(_key(name), gate)
+        attach_matches(model, container, state)
         container.train(model.training)
         model.add_module(_GATES, container)
         model.__dict__[GATING_STATE] = state
@@ -322,12 +333,12 @@ def unwrap(model: nn.Module) -> Any:
 
 def _tolerate_backbone_checkpoint(model: nn.Module, incompatible: Any) -> None:
     """After load_state_dict: a checkpoint of the backbone alone is no error; untouched gates are ranked anew."""
-    own = [f"{_GATES}.{k}" for k in model._modules[_GATES].state_dict()]  # type: ignore[union-attr]
+    assert isinstance(model, GatedModel)
+    own = [f"{_GATES}.{k}" for k in model.gate_modules.state_dict() if not is_match(k)]
     missing = [k for k in incompatible.missing_keys if any(k == o or k.endswith("." + o) for o in own)]
     if len(missing) != len(own):
         return
     for key in missing:
         incompatible.missing_keys.remove(key)
-    assert isinstance(model, GatedModel)
     if all(not g.weight.any() and torch.equal(g.bias, g.start) for g in model.gates.values()):
         model.reset_gates()
