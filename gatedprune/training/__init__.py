@@ -12,6 +12,6 @@ from .oracle import OracleChoice
 from .thresholds import SiteThreshold, ThresholdFit, fit_thresholds
 
 __all__ = [
-    "Allocation", "Calibration", "Contributions", "OracleChoice", "SiteFit", "SiteThreshold", "ThresholdFit", "allocate",
-    "calibrate", "fit_thresholds", "held_out_r2", "match_norms",
+    "Allocation", "Calibration", "Contributions", "OracleChoice", "SiteFit", "SiteThreshold", "ThresholdFit",
+    "allocate", "calibrate", "fit_thresholds", "held_out_r2", "match_norms",
 ]  # fmt: skip

@@ -108,6 +108,16 @@ def test_rarely_winning_channels_go_too_and_k_gives_way(resnet: Case) -> None:
     assert outputs(result.model, resnet.inputs())[0].isfinite().all()
 
 
+def test_matched_batch_norms_stay_matched(resnet: Case) -> None:
+    (images,) = resnet.inputs(torch.float64)
+    gated = gatedprune.wrap(resnet.dense().double(), ratio=0.5, example_inputs=images)
+    gated.calibrate([images], rounds=1, folds=2)
+    assert gated.gate_modules.matched
+    result = gated.prune_dead([images])
+    assert result.removed > 0 and result.model.gate_modules.matched == gated.gate_modules.matched
+    assert off(result.model, gated, (images,)) < EXACT
+
+
 def test_a_site_that_cannot_be_cut_stays_whole_and_says_why() -> None:
     # Its weights are standardised over the channels that they read; a classifier's are not.
     sites = ("stem.conv1", "final_conv")
