@@ -27,7 +27,7 @@ class SiteThreshold:
     """How the threshold of one gate was set.
 
     Attributes:
-        channels: C. wanted: k. threshold: T; infinite where all channels win.
+        channels: C. wanted: k. threshold: T; infinite where exactly k win.
         mean: Winners of a sample on average over the data, with all thresholds in force.
         p20, p80: 20 % and 80 % of the samples have at most so many. least, most: over all samples.
     """
@@ -70,7 +70,8 @@ def fit_thresholds(gated: Any, batches: Iterable[Any], *, rounds: int = 4,
                    inputs: Callable[[Any], Any] | None = None) -> ThresholdFit:  # fmt: skip
     """Set the T of every gate so that k channels win on average over the data (equation 4's threshold). Eval mode.
 
-    T stands between the N·k largest saliencies that N samples show at a site and the others. What a gate sees depends
+    T stands between the N·k largest saliencies that N samples show at a site and the others. Where these tie (a site
+    whose channels are all worth nothing, say) nothing stands between them: T stays infinite, and exactly k win. What a gate sees depends
     on what the gates before it let through, so the data is gone through again with the thresholds found, and these are
     set anew, until every mean is within a hundredth of k, or ``rounds`` are over.
 
@@ -145,11 +146,12 @@ def _observe(gated: Any, batches: Iterable[Any], inputs: Any) -> tuple[dict[str,
 
 
 def _between(g: Tensor, k: int, site: str) -> float:
-    """Halfway between the N·k-th largest saliency and the next; g is (N, C) with k < C."""
+    """Halfway between the N·k-th largest saliency and the next; infinite where they tie. g is (N, C) with k < C."""
     if not bool(g.isfinite().all()):
         raise DataError(f"The saliencies of the site {site} are not finite: no threshold can be set.")
     order = g.double().flatten().sort(descending=True).values
-    return float(order[len(g) * k - 1 : len(g) * k + 1].mean())
+    last, next_ = order[len(g) * k - 1 : len(g) * k + 1].tolist()
+    return (last + next_) / 2 if last > next_ else float("inf")
 
 
 def _described(gate: Gate, winners: Tensor) -> SiteThreshold:

@@ -24,7 +24,7 @@ def images() -> Tensor:
 
 def wrapped(gate: str, images: Tensor) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=5)
+    model = timm.create_model("test_resnet", num_classes=5, zero_init_last=False)
     return gatedprune.wrap(model, ratio=0.5, example_inputs=images[:2], gate=gate).eval()
 
 
@@ -65,6 +65,15 @@ def test_k_win_on_average_over_the_data(fitted: tuple[nn.Module, ThresholdFit], 
         assert site.least <= site.p20 <= site.p80 <= site.most
     assert sum(site.least < site.most for site in found.sites.values()) >= 4
     assert str(found).splitlines()[0] == "thresholds of 7 gates from 16 samples"
+
+
+def test_where_saliencies_tie_exactly_k_win(images: Tensor) -> None:
+    gated = wrapped("threshold", images)
+    with torch.no_grad():
+        gated.gates["layer1.0.conv1"].bias.fill_(1)  # and φ is 0: all alike
+    found = gated.fit_thresholds([images])
+    site = found.sites["layer1.0.conv1"]
+    assert site.threshold == float("inf") and site.mean == site.least == site.most == 16
 
 
 def test_calibrate_sets_them(fitted: tuple[nn.Module, ThresholdFit], images: Tensor) -> None:
