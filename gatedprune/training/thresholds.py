@@ -71,9 +71,9 @@ def fit_thresholds(gated: Any, batches: Iterable[Any], *, rounds: int = 4,
     """Set the T of every gate so that k channels win on average over the data (equation 4's threshold). Eval mode.
 
     T stands between the N·k largest saliencies that N samples show at a site and the others. Where these tie (a site
-    whose channels are all worth nothing, say) nothing stands between them: T stays infinite, and exactly k win. What a gate sees depends
-    on what the gates before it let through, so the data is gone through again with the thresholds found, and these are
-    set anew, until every mean is within a hundredth of k, or ``rounds`` are over.
+    whose channels are all worth nothing, say) nothing stands between them: T stays infinite, and exactly k win.
+    What a gate sees depends on what the gates before it let through, so the data is gone through again with the
+    thresholds found, and these are set anew, until every mean is within a hundredth of k, or ``rounds`` are over.
 
     Args:
         gated: A gated model, wrapped with ``gate="threshold"``.
