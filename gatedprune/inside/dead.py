@@ -292,6 +292,7 @@ def _copy_gate(old: Gate, new: Gate, rows: Tensor, columns: Tensor, name: str) -
             f"The site {name} has {new.channels} channels and its gate sees {new.in_channels} in the narrower model; "
             f"{len(rows)} and {len(columns)} were expected. Please report this with the model's name."
         )
+    new.active_count = old.active_count  # before T, which it would forget
     mine = new.state_dict(keep_vars=True)
     for key, value in old.state_dict().items():
         if value.dim():
