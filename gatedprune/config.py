@@ -74,6 +74,10 @@ class GateConfig:
         straight_through: In training, the saliencies of suppressed channels get a gradient as well: that of the gain
             they would have as winners. What the model computes does not change.
 
+        gate: "topk": every input has exactly k winners. "threshold": the channels whose saliency exceeds the site's T
+            win, k of them on average over the data that T was fitted to (`gated.fit_thresholds`; `calibrate` does it
+            too), so that easy inputs cost less. Before that exactly k win.
+
     Raises:
         ConfigError: An option is out of its domain.
     """
@@ -89,6 +93,7 @@ class GateConfig:
     signed: bool = False
     max_gain: float | None = 4.0
     straight_through: bool = False
+    gate: str = "topk"
 
     def __post_init__(self) -> None:
         if self.macs is not None:
@@ -114,6 +119,8 @@ class GateConfig:
                 raise ConfigError(f"`{name}` must be an integer of at least 1. Got {value!r}.")
         if self.max_gain is not None:
             object.__setattr__(self, "max_gain", _check_gain(self.max_gain))
+        if self.gate not in ("topk", "threshold"):
+            raise ConfigError(f"The `gate` of wrap() must be 'topk' or 'threshold'. Got {self.gate!r}.")
         for name in ("stream", "boost", "signed", "straight_through"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be True or False. Got {getattr(self, name)!r}.")

@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import ConfigError
 
 __all__ = [
+    "active_mask",
     "active_set",
     "bounded_gain",
     "channel_gain",
@@ -25,6 +26,7 @@ __all__ = [
     "scale_channels",
     "straight_through",
     "subsample",
+    "threshold_set",
     "winners_take_all",
 ]
 
@@ -123,6 +125,37 @@ def active_set(g: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=1).values
 
 
+def active_mask(active: Tensor, channels: int) -> Tensor:
+    """(B, C), bool: True where a channel is in the active set.
+
+    Args:
+        active: (B, k); entries that equal C stand for nothing (see `Gate`). channels: C.
+    """
+    mask = active.new_zeros(active.shape[0], channels + 1, dtype=torch.bool)
+    return mask.scatter(1, active, True)[:, :channels]
+
+
+def threshold_set(g: Tensor, threshold: Tensor, k: int) -> Tensor:
+    """Indices of the saliencies above T of each sample, ascending, and then C up to a length of C; equation 4's wta_T.
+
+    Samples have different numbers of winners; C, which is no channel, fills their rows up. The largest saliency always
+    wins, the lower index among equals.
+
+    Args:
+        g: (B, C). threshold: T, a scalar; infinite: there is none yet, and the k largest win, as in `active_set`.
+        k: 1 ≤ k ≤ C.
+
+    Returns:
+        (B, C), int64.
+    """
+    samples, channels = g.shape
+    order = torch.sort(g.detach(), dim=1, descending=True, stable=True).indices
+    places = torch.arange(channels, device=g.device).expand(samples, channels)
+    at_least = torch.where(threshold.isinf(), k, 1)
+    wins = (g.detach() > threshold).scatter_reduce(1, order, places < at_least, "amax")
+    return torch.where(wins, places, channels).sort(dim=1).values
+
+
 def winners_take_all(g: Tensor, k: int) -> Tensor:
     """wta_k(g), equation 4: the k largest entries stay, the others become zero.
 
@@ -141,7 +174,7 @@ def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels:
 
     Args:
         values: (B, k), one value per winner (the gain, or ones for a plain mask).
-        active: (B, k), the active set.
+        active: (B, k), the active set; values at entries that equal C are passed over.
         units: (n,), the site channel that each of the tensor's n channels belongs to; −1: none of this site's.
             None: channel j is site channel j.
         channels: C of the site.
@@ -149,10 +182,10 @@ def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels:
     Returns:
         (B, n).
     """
-    if units is None:
-        return values.new_zeros(values.shape[0], channels).scatter(1, active, values)
     full = values.new_zeros(values.shape[0], channels + 1)
     full = full.scatter(1, active, values)
+    if units is None:
+        return full[:, :channels]
     full[:, channels] = 1  # index −1, that is the last column, is what foreign channels read
     return full[:, units]
 

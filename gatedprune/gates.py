@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .functional import active_set, bounded_gain, saliency, straight_through, subsample
+from .functional import active_set, bounded_gain, saliency, straight_through, subsample, threshold_set
 
 __all__ = ["Gate"]
 
@@ -28,6 +28,11 @@ class Gate(nn.Module):
     The gain is at most ``max_gain``: gains multiply from layer to layer, and a network whose gains feed each other's
     saliencies ends in NaN. At the bound, gradients that lead back still pass.
 
+    With ``kind="threshold"`` a channel wins where its saliency exceeds T, the buffer ``threshold``, and samples have
+    different numbers of winners, k on average once `gatedprune.training.fit_thresholds` has set T. Before that T is
+    infinite, and the k largest win. Active sets are then (B, C): a sample's winners, ascending, and C, which is no
+    channel, in the places that are left.
+
     Args:
         channels: C, the channels (units) of the site.
         in_channels: C_in, the channels of the tensor that the gate looks at.
@@ -39,20 +44,22 @@ class Gate(nn.Module):
         max_gain: No gain is larger, at least 1; None: unbounded.
         straight_through: In training, losers' saliencies get the gradient that they would have as winners. What the
             model computes stays the same.
+        kind: "topk": the k largest win; "threshold": those above T.
     """
 
     weight: Tensor
     bias: Tensor
     start: Tensor
     strength: Tensor
+    threshold: Tensor | None
 
     def __init__(self, channels: int, in_channels: int, active_count: int, *, importance: Tensor | None = None,
                  channel_dim: int = 1, boost: bool = True, signed: bool = False, max_gain: float | None = None,
-                 straight_through: bool = False, device=None, dtype=None) -> None:  # fmt: skip
+                 straight_through: bool = False, kind: str = "topk", device=None, dtype=None) -> None:  # fmt: skip
         super().__init__()
         self.channels, self.in_channels = channels, in_channels
-        self.active_count, self.channel_dim, self.boost, self.signed = active_count, channel_dim, boost, signed
-        self.max_gain, self.straight_through = max_gain, straight_through
+        self._active_count, self.channel_dim, self.boost, self.signed = active_count, channel_dim, boost, signed
+        self.max_gain, self.straight_through, self.kind = max_gain, straight_through, kind
         self.weight = nn.Parameter(torch.zeros(channels, in_channels, device=device, dtype=dtype))
         rho = torch.ones(channels, device=device, dtype=dtype)
         if importance is not None:
@@ -60,6 +67,8 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(rho)
         self.register_buffer("start", rho.clone())
         self.strength = nn.Parameter(torch.ones((), device=device, dtype=dtype), requires_grad=boost)
+        has_threshold = kind == "threshold"
+        self.register_buffer("threshold", rho.new_full((), float("inf")) if has_threshold else None)
         self.clear()
 
     def clear(self) -> None:
@@ -70,16 +79,45 @@ class Gate(nn.Module):
         self.last_whole: Tensor | None = None
 
     @property
+    def active_count(self) -> int:
+        """k; on average, with a threshold. Setting another k forgets T, which belonged to the old one."""
+        return self._active_count
+
+    @active_count.setter
+    def active_count(self, count: int) -> None:
+        if count != self._active_count:
+            self.forget_threshold()
+        self._active_count = count
+
+    @property
     def ratio(self) -> float:
-        """Share of the channels that is suppressed."""
+        """Share of the channels that is suppressed; on average, with a threshold."""
         return 1 - self.active_count / self.channels
 
+    @property
+    def varies(self) -> bool:
+        """Whether samples may have different numbers of winners."""
+        return self.kind == "threshold"
+
+    def forget_threshold(self) -> None:
+        """Back to the k largest: T was fitted for other saliencies, or another k."""
+        if self.threshold is not None:
+            self.threshold.fill_(float("inf"))
+
     def select(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the subsampled input s (B, C_in): active set (B, k), gain of the winners (B, k), saliency (B, C)."""
+        """From the subsampled input s (B, C_in): active set (B, k), gain of the winners (B, k), saliency (B, C).
+
+        With a threshold active set and gain are (B, C), see the class.
+        """
         g = self._saliency(s)
-        active = active_set(g, self.active_count)
+        if self.varies:
+            assert self.threshold is not None
+            active = threshold_set(g, self.threshold, self.active_count)
+        else:
+            active = active_set(g, self.active_count)
         if self.boost:
-            gain = self._gains(g).gather(1, active)
+            at = active.clamp_max(self.channels - 1) if self.varies else active
+            gain = self._gains(g).gather(1, at)
         else:
             gain = torch.ones_like(active, dtype=g.dtype)
         return active, gain, g
@@ -105,7 +143,7 @@ class Gate(nn.Module):
 
     def _whole(self, active: Tensor, gain: Tensor, g: Tensor) -> Tensor:
         """(B, C): winners' gains, and next to nothing for losers; the gradient reaches both alike."""
-        value = torch.full_like(g, WHISPER).scatter(1, active, gain)
+        value = g.new_full((g.shape[0], self.channels + 1), WHISPER).scatter(1, active, gain)[:, : self.channels]
         return straight_through(value.detach(), self._gains(g) if self.boost else g)
 
     def __getstate__(self) -> dict:
@@ -117,4 +155,5 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"channels={self.channels}, in_channels={self.in_channels}, active={self.active_count}, boost={self.boost}"
+            + (", kind=threshold" if self.varies else "")
         )

@@ -84,3 +84,27 @@ def test_contract(case: Case, check: Check) -> None:
         assert "can be gated" in str(error) and len(str(error).splitlines()) > 1
         pytest.skip(f"{case.name} has no sites yet: {str(error).splitlines()[1].strip()}")
     check(case)
+
+
+def varying(name: str) -> Case:
+    """The same with thresholds, where samples have different numbers of channels."""
+    other = case(name, False)
+    return Case(other.make, size=other._size, name=f"{name}-threshold", oracle=other.oracle, gate="threshold")
+
+
+# Batch norms and convolutions in groups; attention heads, whose number stands in views, and norms over tokens.
+@parametrize_checks(
+    [varying("test_byobnet"), varying("test_vit")],
+    [
+        "identity",
+        "exactly_k",
+        "static",
+        "compact_float64",
+        "samples_independent",
+        "gradients",
+        "state_dicts",
+        "macs_fall",
+    ],
+)
+def test_contract_with_thresholds(case: Case, check: Check) -> None:
+    check(case)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gatedprune.errors import ConfigError
 from gatedprune.functional import (
+    active_mask,
     active_set,
     bounded_gain,
     channel_gain,
@@ -18,6 +19,7 @@ from gatedprune.functional import (
     saliency,
     straight_through,
     subsample,
+    threshold_set,
     winners_take_all,
 )
 
@@ -69,6 +71,33 @@ def test_winners_alone_get_a_gradient() -> None:
     winners_take_all(g, 2).sum().backward()
     assert g.grad is not None
     assert g.grad.tolist() == [[0, 1, 1]]
+
+
+def winners_of(g: Tensor, threshold: float, k: int) -> list[list[int]]:
+    """Winners of each row, and the check that C alone fills the rest up."""
+    rows = threshold_set(g, torch.tensor(threshold, dtype=g.dtype), k).tolist()
+    channels = g.shape[1]
+    found = [[c for c in row if c < channels] for row in rows]
+    assert all(row == sorted(ones) + [channels] * (channels - len(ones)) for row, ones in zip(rows, found, strict=True))
+    return found
+
+
+@given(st.data())
+def test_threshold_winners_are_those_above_and_the_best(data: st.DataObject) -> None:
+    samples, channels = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    values = st.lists(st.integers(0, 5), min_size=channels, max_size=channels)  # small integers: many ties
+    g = torch.tensor(data.draw(st.lists(values, min_size=samples, max_size=samples)), dtype=torch.float64)
+    threshold, k = data.draw(st.integers(-1, 6)), data.draw(st.integers(1, channels))
+    for row, found in zip(g.tolist(), winners_of(g, threshold, k), strict=True):
+        assert found == ([c for c, v in enumerate(row) if v > threshold] or [row.index(max(row))])
+    assert winners_of(g, float("inf"), k) == active_set(g, k).tolist()
+
+
+def test_rows_that_are_filled_up_have_no_gain() -> None:
+    active, values = torch.tensor([[0, 2, 3], [1, 3, 3]]), torch.tensor([[2.0, 3.0, 9.0], [4.0, 9.0, 9.0]])
+    assert channel_gain(values, active, None, 3).tolist() == [[2, 0, 3], [0, 4, 0]]
+    assert channel_gain(values, active, torch.tensor([2, -1, 0]), 3).tolist() == [[3, 1, 2], [0, 1, 0]]
+    assert active_mask(active, 3).tolist() == [[True, False, True], [False, True, False]]
 
 
 def test_subsample_is_the_mean_absolute_value_per_channel() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from gatedprune.errors import CheckpointError, DataError
 
-__all__ = ["load_images", "load_labels", "load_model"]
+__all__ = ["load_images", "load_labels", "load_model", "load_views"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -44,6 +45,25 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
     return model
 
 
+def _read(archive: Path) -> tuple[list[Image.Image], list[str]]:
+    """All images of a tar, in the order of their names, and their file names."""
+    images, names = [], []
+    with tarfile.open(archive) as tar:
+        for name in sorted(n for n in tar.getnames() if n.lower().endswith(SUFFIXES)):
+            stream = tar.extractfile(name)
+            assert stream is not None
+            images.append(Image.open(io.BytesIO(stream.read())).convert("RGB"))
+            names.append(Path(name).name)
+    if not images:
+        raise DataError(f"{archive} holds no image ({', '.join(SUFFIXES)}).")
+    return images, names
+
+
+def _configuration(model: nn.Module, mean: float | None, std: float | None) -> dict[str, Any]:
+    config: dict[str, Any] = resolve_data_config({}, model=model)
+    return config | {k: (v,) * 3 for k, v in (("mean", mean), ("std", std)) if v is not None}
+
+
 def load_images(archive: Path, model: nn.Module, mean: float | None, std: float | None) -> tuple[Tensor, list[str]]:
     """All images of a tar as the model wants them, (N, 3, H, W), and their file names.
 
@@ -53,19 +73,24 @@ def load_images(archive: Path, model: nn.Module, mean: float | None, std: float 
     Raises:
         DataError: There is no image in the tar.
     """
-    config: dict[str, Any] = resolve_data_config({}, model=model)
-    config.update({k: (v,) * 3 for k, v in (("mean", mean), ("std", std)) if v is not None})
-    transform = create_transform(**config)
-    images, names = [], []
-    with tarfile.open(archive) as tar:
-        for name in sorted(n for n in tar.getnames() if n.lower().endswith(SUFFIXES)):
-            stream = tar.extractfile(name)
-            assert stream is not None
-            images.append(transform(Image.open(io.BytesIO(stream.read())).convert("RGB")))
-            names.append(Path(name).name)
-    if not images:
-        raise DataError(f"{archive} holds no image ({', '.join(SUFFIXES)}).")
-    return torch.stack(images), names
+    images, names = _read(archive)
+    transform = create_transform(**_configuration(model, mean, std))
+    return torch.stack([transform(image) for image in images]), names
+
+
+def load_views(archive: Path, model: nn.Module, mean: float | None, std: float | None, views: int) -> list[Tensor]:
+    """The images of a tar, (N, 3, H, W), and then the same in random crops, mirrored or not: ``views`` in all.
+
+    Crops hold at least 0.35 of an image's area. Always the same ones: their seed is fixed.
+    """
+    images, _ = _read(archive)
+    config = _configuration(model, mean, std)
+    plain = create_transform(**config)
+    crop = create_transform(**config, is_training=True, scale=(0.35, 1.0), color_jitter=0.0, auto_augment=None)
+    found = [torch.stack([plain(image) for image in images])]
+    random.seed(0)  # timm's crops draw from Python's generator, mirroring from PyTorch's
+    torch.manual_seed(0)
+    return found + [torch.stack([crop(image) for image in images]) for _ in range(views - 1)]
 
 
 def load_labels(table: Path, names: list[str]) -> Tensor:

@@ -1,22 +1,34 @@
-"""Top-1 of one gated model by how its channels are chosen: static by several rankings, dynamic, per-image oracle."""
+"""Top-1 of one gated model by how its channels are chosen: static in several ways, dynamic, per-image oracle."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gatedprune import prune_static
-from gatedprune.training import OracleChoice, calibrate, held_out_r2
+from gatedprune.training import OracleChoice, allocate, calibrate, held_out_r2, match_norms
 
-__all__ = ["RANKINGS", "measure", "taylor_gradients", "top1"]
+from .baselines import RANKINGS, choosing, compensating, reading_means, scores_by
 
-# "activation": mean activation times the norm of the reading weights, on the calibration images; the others are
-# torch-pruning's.
-RANKINGS = ("activation", "magnitude", "magnitude-l1", "batch-norm", "lamp", "taylor")
+__all__ = ["Views", "measure", "measure_allocated", "top1"]
+
+
+class Views:
+    """The calibration images, view after view, in batches: what `calibrate` goes through, in the same order each time.
+
+    Args:
+        views: Each (M, 3, H, W): the images themselves first, then crops of them.
+        batch: Images a batch.
+    """
+
+    def __init__(self, views: Sequence[Tensor], batch: int) -> None:
+        self.views, self.batch = views, batch
+
+    def __iter__(self) -> Any:
+        for view in self.views:
+            yield from view.split(self.batch)
 
 
 def top1(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> float:
@@ -26,78 +38,80 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> float:
     return 100 * float((found == labels).double().mean())
 
 
-@contextmanager
-def choosing(gated: Any, scores: Mapping[str, Tensor]) -> Iterator[None]:
-    """Every gate keeps the channels of the largest score, (C,), not negative, for all images."""
-    before = {name: {k: v.clone() for k, v in gated.gates[name].state_dict().items()} for name in scores}
-    try:
-        with torch.no_grad():
-            for name, score in scores.items():
-                gate = gated.gates[name]
-                gate.weight.zero_()
-                gate.bias.copy_(score)
-                gate.strength.zero_()
-        yield
-    finally:
-        for name, state in before.items():
-            gated.gates[name].load_state_dict(state)
-
-
-def taylor_gradients(model: nn.Module, images: Tensor, batch: int) -> None:
-    """Leave in the parameters the gradient of the loss against the model's own predictions, for Taylor rankings."""
-    model.zero_grad(set_to_none=True)
-    for x in images.split(batch):
-        logits = model(x)
-        loss = torch.nn.functional.cross_entropy(logits, logits.detach().argmax(1), reduction="sum")
-        (loss / len(images)).backward()
-
-
-def importances() -> dict[str, Any]:
-    """torch-pruning's rankings that need no labels; the last needs gradients."""
-    import torch_pruning as tp
-
-    return {
-        "magnitude": tp.importance.GroupMagnitudeImportance(p=2),
-        "magnitude-l1": tp.importance.GroupMagnitudeImportance(p=1),
-        "batch-norm": tp.importance.BNScaleImportance(),
-        "lamp": tp.importance.LAMPImportance(p=2),
-        "taylor": tp.importance.GroupTaylorImportance(),
-    }
-
-
 def measure(
-    gated: Any, ratio: float, calibration: Tensor, images: Tensor, labels: Tensor, *, batch: int = 50,
-    rounds: int = 3, rankings: Sequence[str] = RANKINGS, yardsticks: bool = True,
+    gated: Any, ratio: float | Mapping[str, float], calibration: Views, images: Tensor, labels: Tensor, *,
+    batch: int = 50, rounds: int = 4, rankings: Sequence[str] = RANKINGS, yardsticks: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Top-1 in percent of the ways to choose channels at one ratio.
+    """Top-1 in percent of the ways to choose channels, at one ratio.
 
     Args:
         gated: The model; its gates are calibrated anew. "taylor" reads the gradients of its parameters.
-        calibration: (M, 3, H, W). images: (N, 3, H, W). labels: (N,), of the images.
+        ratio: Of all sites, or of each.
+        calibration: Static choices and norms are measured on its first view.
+        images: (N, 3, H, W). labels: (N,), of the images.
         batch: Images a forward pass. rounds: of `gatedprune.calibrate`.
         rankings: Of `RANKINGS`. yardsticks: Also measure the per-image oracle, and R² on the images.
 
     Returns:
-        ``ratio``; ``macs``, the share of the dense MACs that is left; ``static``, ranking → top-1; ``dynamic`` and
-        ``oracle``, top-1; ``sites``, site → shrinkage and R², cross-validated and on the images.
+        ``macs``, the share of the dense MACs that is left; ``static``, way → top-1; ``dynamic`` and ``oracle``, top-1;
+        ``sites``, site → shrinkage and R², cross-validated and on the images.
     """
+    plain = calibration.views[0].split(calibration.batch)
+    gated.set_ratio(0.0)
+    means = reading_means(gated, calibration.views[0], calibration.batch)
     gated.set_ratio(ratio)
     counts = {name: gate.active_count for name, gate in gated.gates.items()}
-    fitted = calibrate(gated, calibration.split(batch), rounds=rounds)
-    found: dict[str, Any] = {"ratio": ratio, "macs": gated.site_report.macs_with(counts) / gated.site_report.macs}
-    found["dynamic"] = top1(gated, images, labels, batch)
-    found["static"] = {}
+    found: dict[str, Any] = {"macs": gated.site_report.macs_with(counts) / gated.site_report.macs, "static": {}}
     for ranking in rankings:
-        if ranking == "activation":  # the regression's constant term
-            scores = {name: gate.start.clone() for name, gate in gated.gates.items()}
+        if ranking == "activation":
+            calibrate(gated, plain, rounds=1, dynamic=False, norms=False)
+            scores = {name: gate.bias.detach().clone() for name, gate in gated.gates.items()}
         else:
-            kept = prune_static(gated, importance=importances()[ranking], example_inputs=images[:1]).kept
-            scores = {n: torch.zeros(gated.gates[n].channels).index_fill_(0, k, 1.0) for n, k in kept.items()}
+            scores = scores_by(gated, ranking, images[:1])
         with choosing(gated, scores):
             found["static"][ranking] = top1(gated, images, labels, batch)
-    found["sites"] = {n: {"shrinkage": s.shrinkage, "r2_cross_validated": s.r2} for n, s in fitted.sites.items()}
+            if ranking == "activation":
+                with compensating(gated, means):
+                    found["static"]["activation, suppressed channels at their mean"] = top1(
+                        gated, images, labels, batch
+                    )
+            match_norms(gated, plain)
+            found["static"][f"{ranking}, norms matched"] = top1(gated, images, labels, batch)
+    calibrate(gated, plain, rounds=rounds, dynamic=False)
+    found["static"]["calibrated, constant term alone"] = top1(gated, images, labels, batch)
+    fitted = calibrate(gated, calibration, rounds=rounds)
+    found["dynamic"] = top1(gated, images, labels, batch)
+    found["sites"] = {
+        name: {"ratio": gated.gates[name].ratio, "shrinkage": site.shrinkage, "r2_cross_validated": site.r2}
+        for name, site in fitted.sites.items()
+    }
     if yardsticks:
         found["oracle"] = top1(OracleChoice(gated), images, labels, batch)
         for name, r2 in held_out_r2(gated, fitted, images.split(batch)).items():
             found["sites"][name]["r2_held_out"] = r2
+    return found
+
+
+def measure_allocated(
+    gated: Any, macs: float, calibration: Views, images: Tensor, labels: Tensor, *, batch: int = 50, rounds: int = 4,
+    samples: int = 50,
+) -> dict[str, Any]:  # fmt: skip
+    """Top-1 of static and dynamic, each with ratios allocated to its sites by its own sensitivity, at the same MACs.
+
+    Args:
+        macs: The share of the dense MACs that is left.
+        samples: Calibration images to measure sensitivity on. The others are as for `measure`.
+
+    Returns:
+        ``static`` and ``dynamic``, top-1; ``ratios``, way → site → ratio.
+    """
+    found: dict[str, Any] = {"ratios": {}}
+    few = calibration.views[0][:samples].split(calibration.batch)
+    for way, dynamic in (("static", False), ("dynamic", True)):
+        data = calibration if dynamic else calibration.views[0].split(calibration.batch)
+        gated.set_ratio(0.0)
+        calibrate(gated, data, rounds=1, dynamic=dynamic, norms=False)
+        found["ratios"][way] = dict(allocate(gated, few, macs=macs).ratios)
+        calibrate(gated, data, rounds=rounds, dynamic=dynamic)
+        found[way] = top1(gated, images, labels, batch)
     return found

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import BackendError, ConfigError, DataError, ModelError
 from ..gates import Gate
 from ..sites import Analysis, analyse, capture, normalise_inputs, two_samples
-from ..wrapping import GatedModel
+from ..wrapping import GatedModel, bake_matches
 from . import native
 from .lowering import lower
 from .narrow import Selector
@@ -63,6 +64,10 @@ def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "aut
         model.tuning = dict(tune)
     graph = model.prepare(*inputs)
     if tune is True and model.backend == "native":
+        if share == "sample" and any(gate.varies for gate in model.gates.values()):
+            inputs = tuple(
+                a[:1] if isinstance(a, Tensor) and a.dim() else a for a in inputs
+            )  # it runs sample by sample
         model.tuning = tune_layers(graph, inputs)
     return model
 
@@ -77,11 +82,16 @@ class CompactModel(nn.Module):
         if backend == "native":
             native.load(required=True)
         source = copy.deepcopy(gated).eval().requires_grad_(False)
+        self._settle(source)
         # Not a submodule: its parameters live on in the lowered graphs, and it is never called.
         self.__dict__["_source"] = source
         self._lowered = nn.ModuleDict()
         self._last = ""
+        self._chosen: dict[str, Tensor] | None = None  # what a call that went sample by sample chose
         self.train(False)
+
+    def _settle(self, source: GatedModel) -> None:
+        bake_matches(source, source.gate_modules)
 
     def prepare(self, *args: Any) -> fx.GraphModule:
         """Lower the model for arguments of these shapes (any batch size); done once for each image size."""
@@ -114,16 +124,40 @@ class CompactModel(nn.Module):
                 # An empty batch has the shape of a full one without its samples.
                 one = tuple(a.new_zeros(1, *a.shape[1:]) if isinstance(a, Tensor) and a.dim() else a for a in args)
                 return tree_map(lambda y: y[:0] if isinstance(y, Tensor) else y, self.prepare(*one)(*one))
+            self._chosen = None
+            if self.share == "sample" and any(gate.varies for gate in self.gates.values()):
+                samples = next(a.shape[0] for a in args if isinstance(a, Tensor) and a.dim())
+                if samples > 1:
+                    return self._one_by_one(args, samples)
             return self.prepare(*args)(*args)
+
+    def _one_by_one(self, args: tuple[Any, ...], samples: int) -> Any:
+        """Sample by sample, where each has its own number of channels, so that no narrow tensor could hold two."""
+        results, chosen = [], []
+        for b in range(samples):
+            one = tuple(
+                a[b : b + 1] if isinstance(a, Tensor) and a.dim() and a.shape[0] == samples else a for a in args
+            )
+            results.append(self.prepare(*one)(*one))
+            chosen.append(self.last_active)
+        self._chosen = {name: torch.cat([c[name] for c in chosen]) for name in chosen[0]}
+        return tree_map(lambda *y: torch.cat(y) if isinstance(y[0], Tensor) else y[0], *results)
 
     @property
     def last_active(self) -> dict[str, Tensor]:
-        """Site name → active set (B, k) of the last call."""
+        """Site name → active set (B, k) of the last call; (B, C) filled up with C, where the gate has a threshold."""
+        if self._chosen is not None:
+            return self._chosen
         modules = self._lowered[self._last].modules() if self._last else ()
-        gates = {id(g): name for name, g in self.gates.items()}
-        return {
-            gates[id(m.gate)]: m.last_active for m in modules if isinstance(m, Selector) and m.last_active is not None
-        }
+        names = {id(g): name for name, g in self.gates.items()}
+        found = {}
+        for module in modules:
+            if isinstance(module, Selector) and module.last_active is not None:
+                active, gate = module.last_active, module.gate
+                if gate.varies:
+                    active = F.pad(active, (0, gate.channels - active.shape[1]), value=gate.channels)
+                found[names[id(gate)]] = active
+        return found
 
     @property
     def gates(self) -> dict[str, Gate]:
@@ -169,7 +203,7 @@ class CompactModel(nn.Module):
         # .to(), .double(), .cuda(): convert the source, and lower again when next called.
         self.__dict__["_source"]._apply(fn)
         self._lowered.clear()
-        self._last = ""
+        self._last, self._chosen = "", None
         return self
 
     def __deepcopy__(self, memo: dict) -> CompactModel:

@@ -43,11 +43,15 @@ class FrozenModel(CompactModel):
         super().__init__(gated, "torch")
         self.active = {name: indices.detach().cpu().clone() for name, indices in active.items()}
 
+    def _settle(self, source: GatedModel) -> None:
+        source.gate_modules.clear_matches()  # a static model is cut from the dense one
+
     def _graph(self, analysis: Any) -> fx.GraphModule:
         gates = {}
         for name in self.active:
             gates[name] = gate = self.gates[name]
-            gate.active_count, gate.boost = len(self.active[name]), False  # of the copy that is this model's own
+            # Of the copy that is this model's own.
+            gate.active_count, gate.boost, gate.kind = len(self.active[name]), False, "topk"
         graph = lower(analysis, gates, fused=False)
         _fold(graph, {id(gates[name]): indices for name, indices in self.active.items()})
         return graph

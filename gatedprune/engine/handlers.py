@@ -286,15 +286,20 @@ def _move(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
                 return None
             sizes[0] = -1
         elif place >= 0 and sizes[place] != -1:
-            sizes[place] = low.active_channels(after)
+            count = low.active_channels(after)
+            if count is None and -1 in [s for s in sizes if isinstance(s, int)] and name != "expand":
+                return None  # one size can be left open
+            sizes[place] = -1 if count is None else count
         args[at] = sizes
     elif name in _SPLITTING:
         dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % len(low.flow.shape(held[0]))  # type: ignore[operator]
         if dim == before.dim:
             if any(p is None for p in pieces):
                 return None
-            low.state[node] = after
             counts = [low.active_channels(p) for p in pieces if p is not None]
+            if None in counts:
+                return None
+            low.state[node] = after
             return low.graph.call_function(_aten.split_with_sizes.default, (low.env[held[0]], counts, dim))
     elif name in ("select", "unbind", "slice", "roll", "flip", "unfold") and not _beside(low, node, name, before):
         return None

@@ -52,7 +52,7 @@ class Lowering:
         self.sites = {name: analysis.sites[name] for name in gates}
         self.names = list(self.sites)
         self.layouts = Layouts(analysis, self.names)
-        self.active = [gates[n].active_count for n in self.names]
+        self.active = [None if gates[n].varies else gates[n].active_count for n in self.names]
         self.constants = Constants(self.flow)
         self.root = nn.Module()
         self.graph = fx.Graph()
@@ -133,12 +133,15 @@ class Lowering:
             self.indices[layout.key] = self.module(f"index#{len(self.indices)}", module, args)
         return self.indices[layout.key]
 
-    def active_channels(self, layout: Layout) -> int:
-        """n: how many channels a narrow tensor of that layout has."""
-        tables = {s: self.layouts.table(layout, s) for s in self.layouts.sites_in(layout)}
-        return int((layout.site < 0).sum()) + sum(
-            self.active[s] * t.shape[1] for s, t in tables.items() if t is not None
-        )
+    def active_channels(self, layout: Layout) -> int | None:
+        """n: how many channels a narrow tensor of that layout has; None where that varies from sample to sample."""
+        total = int((layout.site < 0).sum())
+        for site in self.layouts.sites_in(layout):
+            table, count = self.layouts.table(layout, site), self.active[site]
+            if count is None:
+                return None
+            total += 0 if table is None else count * table.shape[1]
+        return total
 
     def full(self, node: fx.Node) -> fx.Node:
         """The lowered value with all its channels."""

@@ -73,7 +73,7 @@ class Selector(nn.Module):
             s = subsample(x, gate.channel_dim, gate.signed)
         if self.shared:
             s = s.mean(0, keepdim=True)
-        if native:
+        if native and not gate.varies:
             active, gain = torch.ops.gatedprune.gate(
                 s,
                 gate.weight,
@@ -89,6 +89,11 @@ class Selector(nn.Module):
             if index is not None:
                 s = s.new_zeros(s.shape[0], gate.in_channels).scatter(1, index, s)
             active, gain, _ = gate.select(s)
+            if gate.varies:
+                # Of one sample, or one for the batch: what fills its row up is cut off.
+                assert len(active) == 1, "samples with active sets of their own lengths go through one by one"
+                count = int((active < gate.channels).sum(1).max())
+                active, gain = active[:, :count], gain[:, :count]
         return active, gain
 
 

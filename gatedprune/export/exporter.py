@@ -94,6 +94,11 @@ def export(model: nn.Module, path: str | os.PathLike[str], format: str = "onnx",
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise ConfigError(f"`batch` of export() must be an integer from 1 on, or None for any. Got {batch!r}.")
     source, share = _source(model)
+    if any(gate.varies for gate in source.gates.values()):
+        raise ExportError(
+            "A model with gate='threshold' cannot be exported: how many channels win differs from sample to sample, "
+            "and an exported graph has fixed sizes. Wrap it with gate='topk', which calibrates in the same way."
+        )
     args = _sized(_inputs(source, example_inputs), 2 if batch is None else batch)
     if format == "onnx" and any(a.dtype is torch.bfloat16 for a in args if isinstance(a, Tensor)):
         raise ExportError("ONNX runtimes on the CPU do not compute in bfloat16: convert the model with .float() first.")

@@ -9,9 +9,10 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..inside import cut_again
 from ..wrapping import GATES, GatedModel
 
 __all__ = ["architecture_of", "build", "timm_name"]
@@ -35,12 +36,12 @@ def architecture_of(gated: GatedModel, model_args: Mapping[str, Any] | None) -> 
             args = json.loads(json.dumps(dict(model_args)))
         except TypeError as error:
             raise ConfigError(f"The `model_args` of save() must be JSON values: {error}.") from error
-        difference = _difference(wanted, name, args)
+        difference = _difference(gated, wanted, name, args)
         if difference:
             raise ConfigError(f"timm.create_model({name!r}, **model_args) does not build this model: {difference}.")
         return {**found, "timm": name, "args": args}
     for args in ({}, _guess(gated)):
-        difference = _difference(wanted, name, args)
+        difference = _difference(gated, wanted, name, args)
         if not difference:
             return {**found, "timm": name, "args": args}
     if base.__module__.split(".")[0] == "timm":
@@ -89,12 +90,18 @@ def build(name: str, args: Mapping[str, Any], device: str) -> nn.Module:
     return model.eval()
 
 
-def _difference(wanted: dict[str, Any], name: str, args: Mapping[str, Any]) -> str:
-    """How the model that timm builds differs from the one whose signature is ``wanted``; "" where it does not."""
+def _difference(gated: GatedModel, wanted: dict[str, Any], name: str, args: Mapping[str, Any]) -> str:
+    """How the model that timm builds differs from the gated one, whose signature is ``wanted``; "" where it does not.
+
+    Of a model that `prune_dead` made smaller, the same channels are removed before the two are compared.
+    """
     built: nn.Module | None = None
     for device in ("meta", "cpu"):  # some constructors read values, which the meta device does not have
         try:
             built = build(name, args, device)
+            if gated._gatedprune_pruned:
+                inputs = tuple(a.to(device) if isinstance(a, Tensor) else a for a in _zeros(gated))
+                cut_again(built, gated._gatedprune_pruned, inputs, gated.gate_config.stream)
             break
         except Exception as error:  # noqa: BLE001 (any constructor of timm's, any arguments)
             reason = f"{type(error).__name__}: {error}"
@@ -105,6 +112,14 @@ def _difference(wanted: dict[str, Any], name: str, args: Mapping[str, Any]) -> s
         if wanted.get(path) != found.get(path):
             return f"{path} differs"
     return ""
+
+
+def _zeros(gated: GatedModel) -> tuple[Any, ...]:
+    """What the model was wrapped for, in the type that a fresh model has."""
+    return tuple(
+        torch.zeros(a.shape, dtype=torch.float32 if a.is_floating_point() else a.dtype) if isinstance(a, Tensor) else a
+        for a in gated._gatedprune_inputs
+    )
 
 
 def _signature(model: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..config import GateConfig
-from ..errors import CheckpointError, GatedPruneError
+from ..errors import CheckpointError, GatedPruneError, ModelError
 from ..files import read_tensors
-from ..wrapping import GATES, GatedModel, is_gated, unwrap, wrap
+from ..inside import cut_again
+from ..wrapping import GATES, GatedModel, is_gated, is_match, unwrap, wrap
 from .architecture import build, timm_name
 from .saving import CONFIG, FORMAT, WEIGHTS, digest, sites_of
 
@@ -47,6 +49,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, e
     tensors = _read_weights(folder, saved)
     given = model is not None
     network = _build_saved(folder, saved) if model is None else _accepted(model, folder, saved)
+    if saved["pruned"]:
+        network = _without_dead(folder, saved, network, tensors, example_inputs)
     backbone = {k: v for k, v in tensors.items() if not k.startswith(GATES + ".")}
     _check_tensors(folder, saved, backbone, network.state_dict(), "model", given)
     _cast(network, backbone)
@@ -59,13 +63,14 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, e
         raise CheckpointError(f"{folder} cannot be restored: {error} {_versions(saved)}") from error
     try:
         _check_sites(folder, saved, gated, same_shape)
-        _check_tensors(folder, saved, tensors, gated.state_dict(), "gates", given)
+        _check_tensors(folder, saved, tensors, _with_matches(gated, tensors), "gates", given)
     except CheckpointError:
         unwrap(gated)
         raise
     for site in saved["sites"]:
         gated.gates[site["name"]].active_count = site["active"]
     gated.load_state_dict(tensors)
+    gated._gatedprune_pruned = {name: (count, tuple(kept)) for name, (count, kept) in saved["pruned"].items()}
     return gated.eval() if device is None else gated.eval().to(device)
 
 
@@ -91,6 +96,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         for site in saved["sites"]:
             if not 1 <= site["active"] <= site["channels"] or not isinstance(site["name"] + "", str):
                 raise ValueError(f"{site['active']} of {site['channels']} channels active")
+        saved.setdefault("pruned", {})  # by versions that could not prune
+        for count, kept in saved["pruned"].values():
+            if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < count:
+                raise ValueError(f"{kept} of {count} channels kept")
         _ = saved["weights"]["sha256"], saved["architecture"]["class"], saved["architecture"]["timm"], saved["macs"]
         _ = [a and (list(a["shape"]), getattr(torch, a["dtype"])) for a in saved["inputs"]], saved["versions"]["timm"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -131,6 +140,28 @@ def _build_saved(folder: Path, saved: Mapping[str, Any]) -> nn.Module:
         ) from error
 
 
+def _without_dead(folder: Path, saved: Mapping[str, Any], model: nn.Module, tensors: Mapping[str, Tensor],
+                  example_inputs: Any) -> nn.Module:  # fmt: skip
+    """The model without the channels that `prune_dead` had removed, unless it is given without them already."""
+    if all(tensors[k].shape == v.shape for k, v in model.state_dict().items() if k in tensors):
+        return model
+    inputs = _inputs(folder, saved, model) if example_inputs is None else example_inputs
+    trial = copy.deepcopy(model)
+    try:
+        cut_again(trial, saved["pruned"], inputs, saved["gates"].get("stream", False))
+        shapes = {k: tuple(v.shape) for k, v in trial.state_dict().items()}
+        wrong = next((k for k, shape in shapes.items() if k in tensors and tuple(tensors[k].shape) != shape), None)
+        if wrong is not None:
+            raise ModelError(f"{wrong} is {tuple(tensors[wrong].shape)} there, and {shapes[wrong]} here.")
+    except GatedPruneError as error:
+        raise CheckpointError(
+            f"{folder} holds a pruned model, and its channels cannot be removed from this one: {error} "
+            f"{_versions(saved)}"
+        ) from error
+    cut_again(model, saved["pruned"], inputs, saved["gates"].get("stream", False))
+    return model
+
+
 def _accepted(model: nn.Module, folder: Path, saved: Mapping[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module) or is_gated(model):
         raise CheckpointError(
@@ -142,6 +173,17 @@ def _accepted(model: nn.Module, folder: Path, saved: Mapping[str, Any]) -> nn.Mo
             f"{folder} holds a {theirs!r}, but `model` is a {mine!r}. Give a {theirs!r}, or leave `model` out."
         )
     return model
+
+
+def _with_matches(gated: GatedModel, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The state dict to expect: which batch norms are matched is said by the file."""
+    backbone = gated.backbone_state_dict()
+    wanted: dict[str, Any] = gated.state_dict()
+    for key in tensors:
+        path, _, _ = key.removeprefix(GATES + ".").replace("/", ".").rpartition(":")
+        if key.startswith(GATES + ".") and is_match(key) and f"{path}.running_mean" in backbone:
+            wanted[key] = backbone[f"{path}.running_mean"]
+    return wanted
 
 
 def _check_tensors(folder: Path, saved: Mapping[str, Any], tensors: Mapping[str, Tensor], wanted: Mapping[str, Any],

@@ -78,6 +78,7 @@ def _describe(gated: GatedModel, model_args: Mapping[str, Any] | None) -> dict[s
         "architecture": architecture_of(gated, model_args),
         "gates": gated.gate_config.to_dict(),
         "sites": sites_of(gated),
+        "pruned": {name: [count, list(kept)] for name, (count, kept) in gated._gatedprune_pruned.items()},
         "macs": gated.site_report.macs,
         "inputs": [
             {"shape": list(a.shape), "dtype": str(a.dtype).removeprefix("torch.")} if isinstance(a, Tensor) else None

@@ -12,11 +12,12 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -46,6 +47,8 @@ class MacCount:
             one; thop alone would miss them.
         operators: The same forward pass as `torch.utils.flop_counter` sees it, operator by operator: the
             cross-check.
+        per_sample: Total of each sample, where the gates have thresholds and samples cost differently (`spread`); else
+            empty. Everything else is the mean then.
         notes: Where the layer rules and the flop counter disagree, and what else to know; empty when all is
             plain.
     """
@@ -56,13 +59,25 @@ class MacCount:
     functional: int
     operators: int
     notes: tuple[str, ...] = field(default=())
+    per_sample: tuple[int, ...] = ()
+
+    @property
+    def spread(self) -> dict[str, int] | None:
+        """ "min", "p20", "p80" and "max" of the samples' MACs; None where all cost the same."""
+        if not self.per_sample:
+            return None
+        p20, p80 = np.percentile(self.per_sample, [20, 80])
+        return {"min": min(self.per_sample), "p20": round(p20), "p80": round(p80), "max": max(self.per_sample)}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        return f"{format_macs(self.total)} per sample, {format_macs(self.predictors)} of them in predictors"
+        text = f"{format_macs(self.total)} per sample, {format_macs(self.predictors)} of them in predictors"
+        if (spread := self.spread) is not None:
+            text += "; " + ", ".join(f"{name} {format_macs(macs)}" for name, macs in spread.items())
+        return text
 
 
 def format_macs(macs: float) -> str:
@@ -82,7 +97,8 @@ def count_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> MacCount:
     """Count what ``model(*inputs)`` executes in eval mode, per sample.
 
     The masked model that `wrap` returns computes every channel and then throws some away, so it counts as the
-    dense model plus its predictors. `compact` it first to see what gating saves.
+    dense model plus its predictors. `compact` it first to see what gating saves. Where gates have thresholds samples
+    cost differently: the numbers are means over the batch, and `MacCount.spread` tells how far they lie apart.
 
     Args:
         model: Any module; works on a copy, and leaves the model and its state dict as they are.
@@ -99,6 +115,36 @@ def count_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> MacCount:
     model = copy.deepcopy(model).requires_grad_(False)
     if isinstance(model, CompactModel):
         model.prepare(*arguments)  # makes the layers for this image size, if it has none yet
+        if batch > 1 and any(gate.varies for gate in model.gates.values()) and model.share == "sample":
+            return _mean([_count(copy.deepcopy(model), one, thop) for one in _samples(arguments, batch)])
+    return _count(model, arguments, thop)
+
+
+def _samples(arguments: tuple[Any, ...], batch: int) -> Iterator[tuple[Any, ...]]:
+    for b in range(batch):
+        yield tuple(a[b : b + 1] if isinstance(a, Tensor) and a.dim() and a.shape[0] == batch else a for a in arguments)
+
+
+def _mean(counts: list[MacCount]) -> MacCount:
+    """One count for samples that were counted one by one."""
+
+    def each(values: Iterable[int]) -> int:
+        return round(sum(values) / len(counts))
+
+    return MacCount(
+        total=each(c.total for c in counts),
+        layers={path: each(c.layers[path] for c in counts) for path in counts[0].layers},
+        predictors=each(c.predictors for c in counts),
+        functional=each(c.functional for c in counts),
+        operators=each(c.operators for c in counts),
+        notes=counts[0].notes,
+        per_sample=tuple(c.total for c in counts),
+    )
+
+
+def _count(model: nn.Module, arguments: tuple[Any, ...], thop: ModuleType) -> MacCount:
+    """`count_macs` of a copy that may be spoilt."""
+    batch = first_tensor(arguments).shape[0]
     with FlopCounterMode(display=False) as operators:
         ledger = _Ledger(model, operators)
         thop.profile(model, arguments, custom_ops=ledger.custom_ops(), verbose=False)

@@ -259,7 +259,13 @@ def _excite_one(gate: Gate, x: Tensor, generator: torch.Generator) -> None:
             # Not all of them: some never win.
             most = max(1, min(k, gate.channels - k) // 2)
             count = max(1, min(int(near[:k].sum()), int(near[k:].sum()), most))
-            if direction is not None:
+            if gate.varies:
+                gate.threshold.fill_(middle)  # type: ignore[union-attr]
+                contested = order[_uneven(apart, direction, offset, k, gate.channels)]
+                level[contested] = middle - 0.8 * MARGIN * offset + 0.2 * jitter[contested]
+                if direction is not None:
+                    phi[contested] = 0.8 * MARGIN * direction + 0.02 * swing[contested]
+            elif direction is not None:
                 contested = order[k - count : k + count]
                 contested = contested[torch.randperm(2 * count, generator=generator)]
                 side = torch.ones(2 * count, dtype=torch.float64)
@@ -268,6 +274,20 @@ def _excite_one(gate: Gate, x: Tensor, generator: torch.Generator) -> None:
                 phi[contested] = 0.8 * MARGIN * side[:, None] * direction + 0.02 * swing[contested]
         gate.weight.copy_(phi)
         gate.bias.copy_(level - phi @ s.mean(0))
+
+
+def _uneven(apart: Tensor, direction: Tensor | None, offset: float, k: int, channels: int) -> slice:
+    """Ranks of channels that win for the samples on one side only, so many that k win on average all the same.
+
+    With B samples, n of them on that side, and B contested channels, k − n win always: (k − n) + n·B/B = k.
+    """
+    if direction is None:
+        return slice(0)
+    samples, winning = len(apart), int((apart @ direction > offset).sum())
+    always = k - winning
+    if always < 1 or always + samples > channels or not 0 < winning < samples:
+        return slice(0)
+    return slice(always, always + samples)
 
 
 def _hyperplane(apart: Tensor, floor: float, noise: Callable[..., Tensor]) -> tuple[Tensor | None, float]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..functional import active_set
+from ..functional import active_mask, active_set
+from ..gates import Gate
 from ..wrapping import GatedModel
 from .case import Case, outputs
 
@@ -100,7 +101,10 @@ def check_gates_see_channels(case: Case) -> None:
 
 
 def check_exactly_k(case: Case) -> str:
-    """Every sample keeps exactly k channels of each site: ascending, in range, those of largest saliency."""
+    """Every sample keeps exactly k channels of each site: ascending, in range, those of largest saliency.
+
+    With ``gate="threshold"``: those above T and the best one, k on average over the samples.
+    """
     gated = case.gated()
     outputs(gated, case.inputs())
     samples = next(a for a in case.inputs() if isinstance(a, Tensor)).shape[0]
@@ -110,6 +114,10 @@ def check_exactly_k(case: Case) -> str:
         k = _expected(case, gated, name)
         active, g = gate.last_active, gate.last_saliency
         assert active is not None and g is not None, f"{where}: the gate did not run"
+        if gate.varies:
+            _check_threshold(gate, active, g, k, where)
+            differing += bool((active != active[:1]).any())
+            continue
         _check_active(active, samples, k, gate.channels, where)
         losers = torch.ones_like(g, dtype=torch.bool).scatter(1, active, False)
         least = g.gather(1, active).amin(1)
@@ -126,6 +134,9 @@ def check_exactly_k(case: Case) -> str:
         f"{case.name}: the compact model misses the sites {sorted(set(gated.gates) - set(chosen))[:5]}"
     )
     for name, active in chosen.items():
+        if gated.gates[name].varies:
+            _check_filled(active, samples, gated.gates[name].channels, f"{case.name}, site {name} of the compact model")
+            continue
         _check_active(
             active,
             samples,
@@ -134,6 +145,32 @@ def check_exactly_k(case: Case) -> str:
             f"{case.name}, site {name} of the compact model",
         )
     return f"{differing} of {len(chosen)} sites differ between samples"
+
+
+def _check_threshold(gate: Gate, active: Tensor, g: Tensor, k: int, where: str) -> None:
+    """The winners are those above T, and the best one where none is; k of them on average."""
+    _check_filled(active, len(g), gate.channels, where)
+    wins = active_mask(active, gate.channels)
+    assert gate.threshold is not None
+    if bool(gate.threshold.isinf()):
+        assert torch.equal(wins, active_mask(active_set(g, k), gate.channels)), f"{where}: without T, not the k largest"
+        return
+    wanted = g > gate.threshold
+    wanted[torch.arange(len(g)), g.argmax(1)] = True
+    assert torch.equal(wins, wanted), f"{where}: the winners are not those above the threshold"
+    mean = float(wins.sum(1).double().mean())
+    assert mean == k, f"{where}: {mean:g} channels win on average, not {k}"
+
+
+def _check_filled(active: Tensor, samples: int, channels: int, where: str) -> None:
+    assert active.dtype == torch.int64 and tuple(active.shape) == (samples, channels), (
+        f"{where}: the active set is {active.dtype} of shape {tuple(active.shape)}, not int64 {(samples, channels)}"
+    )
+    there = active < channels
+    assert int(active.min()) >= 0 and int(active.max()) <= channels, f"{where}: an active channel is out of range"
+    rises = (active.diff(dim=1) > 0) | ~there[:, 1:]
+    assert bool(there.any(1).all()), f"{where}: a sample has no winner"
+    assert bool(rises.all()) and bool((active[~there] == channels).all()), f"{where}: an active set does not ascend"
 
 
 def _nothing_to_choose(gated: GatedModel) -> bool:

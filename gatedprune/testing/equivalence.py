@@ -45,6 +45,7 @@ def _blame(case: Case, sample: int) -> str:
         for other, gate in gated.gates.items():
             if other != name:
                 gate.active_count, gate.boost = gate.channels, False
+                gate.forget_threshold()
         whole = [v[sample : sample + 1] for v in outputs(gated, args)]
         model, _ = removed(gated, args, sample, "columns")
         if difference([v[sample : sample + 1] for v in outputs(model, args)], whole) > EXACT:

@@ -79,9 +79,10 @@ class _Choice:
     def __init__(self, site: Site, gated: GatedModel, sample: int) -> None:
         gate = gated.gates[site.name]
         assert gate.last_active is not None and gate.last_gain is not None
-        self.site, self.active = site, gate.last_active[sample]
+        there = gate.last_active[sample] < site.channels  # with a threshold C fills the row up
+        self.site, self.active = site, gate.last_active[sample][there]
         gain = gate.last_gain.detach()
-        self.gain = gain.new_zeros(site.channels + 1).index_put_((self.active,), gain[sample])
+        self.gain = gain.new_zeros(site.channels + 1).index_put_((self.active,), gain[sample][there])
         self.gain[-1] = 1
         self.alive = torch.zeros(site.channels + 1, dtype=torch.bool).index_fill_(0, self.active.cpu(), True)
         self.alive[-1] = True

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ..functional import active_mask
 from ..sites import Attach, Site
 from ..wrapping import GatedModel
 from .case import Case
@@ -52,7 +53,7 @@ def check_gradients(case: Case) -> str:
         if not gate.boost:
             continue
         assert gate.last_active is not None
-        winners = torch.zeros(gate.channels, dtype=torch.bool).index_fill_(0, gate.last_active.unique().cpu(), True)
+        winners = active_mask(gate.last_active, gate.channels).any(0).cpu()
         alive = winners & felt[name].units()
         winners_felt, winners_all = winners_felt + int(alive.sum()), winners_all + int(winners.sum())
         for kind, parameter in (("φ", gate.weight), ("ρ", gate.bias)):

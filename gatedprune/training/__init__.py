@@ -1,26 +1,35 @@
 """Getting gates to choose well: calibration in closed form, and what a training loop needs beside `penalty()`.
 
-`contribution` measures what each channel gives to the layers that read it, `moments` accumulates it, `ridge` fits the
-predictors, `calibration` puts them into the gates; `oracle` chooses with hindsight, as a yardstick. For training,
+`contribution` measures what each channel gives to the layers that read it (`reader`), `moments` accumulates it, `ridge`
+fits the predictors, `matching` follows what suppression does to batch norms, and `calibration` puts it all in place.
+`allocation` gives each site its ratio, `thresholds` its T; `oracle` chooses with hindsight, as a yardstick. For training,
 `schedule` raises the ratio and `distillation` compares with the dense model.
 """
 
-from .calibration import Calibration, SiteFit, calibrate, held_out_r2
+from .allocation import Allocation, allocate
+from .calibration import Calibration, SiteFit, calibrate, held_out_r2, match_norms
 from .contribution import Contributions
 from .distillation import Distillation, feature_loss, logit_loss, map_loss
 from .oracle import OracleChoice
 from .schedule import RatioSchedule
+from .thresholds import SiteThreshold, ThresholdFit, fit_thresholds
 
 __all__ = [
+    "Allocation",
     "Calibration",
     "Contributions",
     "Distillation",
     "OracleChoice",
     "RatioSchedule",
     "SiteFit",
+    "SiteThreshold",
+    "ThresholdFit",
+    "allocate",
     "calibrate",
     "feature_loss",
+    "fit_thresholds",
     "held_out_r2",
     "logit_loss",
     "map_loss",
+    "match_norms",
 ]

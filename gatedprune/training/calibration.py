@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -15,14 +16,16 @@ from ..gates import Gate
 from ..sites import evaluating, suspended
 from ..wrapping import GatedModel
 from .contribution import Contributions
+from .matching import Matching, following_norms
 from .moments import Moments
-from .ridge import Ridge, fit, squared_errors
+from .ridge import SHRINKAGES, Ridge, fit, squared_errors
 
-__all__ = ["Calibration", "SiteFit", "calibrate", "held_out_r2"]
+__all__ = ["Calibration", "SiteFit", "calibrate", "check_gated", "held_out_r2", "match_norms",
+           "model_arguments"]  # fmt: skip
 
-# Saliencies are shifted up until this many standard deviations below its mean a channel's is still positive: what the
-# rectifier cuts off would no longer be ranked.
-MARGIN = 8.0
+# Saliencies are shifted up until this many standard deviations below its mean a channel's is still at this floor: what
+# the rectifier cuts off would no longer be ranked.
+MARGIN, FLOOR = 8.0, 0.01
 
 Inputs = Callable[[Any], Any]
 
@@ -53,14 +56,16 @@ class Calibration:
     Attributes:
         samples: How many samples were seen.
         sites: Site name → how its gate was fitted.
+        norms: Paths of the batch norms that were matched.
     """
 
     samples: int
     sites: Mapping[str, SiteFit]
+    norms: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max([len(name) for name in self.sites] + [4])
-        lines = [f"calibrated {len(self.sites)} gates on {self.samples} samples",
+        lines = [f"calibrated {len(self.sites)} gates on {self.samples} samples; {len(self.norms)} batch norms matched",
                  f"{'site':<{width}}  channels  gate sees  shrinkage      R²"]  # fmt: skip
         for name, site in self.sites.items():
             r2 = "–" if site.r2 is None else f"{site.r2:.2f}"
@@ -68,18 +73,28 @@ class Calibration:
         return "\n".join(lines)
 
 
-def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int = 5,
-              inputs: Inputs | None = None) -> Calibration:  # fmt: skip
+def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int = 5, norms: bool = True,
+              dynamic: bool = True, inputs: Inputs | None = None) -> Calibration:  # fmt: skip
     """Fit every gate's predictor, in closed form: from what the gate sees to what each channel contributes.
 
     A ridge regression from s(x) to each channel's contribution in the dense model (`Contributions`), with the shrinkage
     that predicts best on the folds left out, the constant term alone among the candidates: that is a static ranking by
-    mean activation times the norm of the reading weights. Eval mode, no labels, no gradients; memory does not grow with
-    the data. The gain of every winner stays exactly 1 (`Gate.strength` becomes 0).
+    mean contribution. Eval mode, no labels, no training; memory does not grow with the data. The gain of every winner
+    stays exactly 1 (`Gate.strength` becomes 0).
 
-    What a gate sees changes when the gates before it suppress channels, and a predictor fitted to the dense model's
-    values alone misses more with every layer. So the first round looks at the dense model, and each further one at the
-    gated model, at its present ratios, with the predictors found so far; the moments of all rounds are added up.
+    Two things change once channels are suppressed: what later gates see, and what a channel is worth beside those that
+    are left. So the first round looks at the dense model alone, with all channels there; in each further one gates see
+    the gated model, at its present ratios, with the predictors found so far, and contributions are what each channel
+    adds to those that win. The moments of these further rounds are added up.
+
+    A layer that reads fewer channels gives another mean and variance than the batch norm behind it was made for. A
+    scale and a shift for each channel of that norm's input, kept with the gates, match them to the dense model's on the
+    same samples (`norms`); on the way, batch by batch: give batches of a few dozen. They hold for the present ratios:
+    `set_ratio` takes them out. `compact`, `save` and `export` carry them; the norm's own statistics and the backbone's
+    state dict stay as they were.
+
+    Gates with a threshold (``gate="threshold"``) choose the k largest meanwhile; at last their T is set by
+    `fit_thresholds`, in a few passes more.
 
     Args:
         gated: A model from `gatedprune.wrap`.
@@ -87,51 +102,95 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
             that begin with one (labels are ignored).
         rounds: Passes over the data; 1 looks at the dense model alone.
         folds: K ≥ 2 of the cross-validation. Sample i belongs to fold i mod K: keep the order from pass to pass.
+        norms: Match the batch norms behind the layers that read a site, in one more pass.
+        dynamic: False: the constant term alone. The model is then a statically pruned one, chosen and matched with the
+            same care: what to compare with.
         inputs: From an element of ``batches`` to the model's argument, or to a tuple of them.
 
     Returns:
-        The shrinkage and the cross-validated R² of each site.
+        The shrinkage and the cross-validated R² of each site, and the batch norms that were matched.
 
     Raises:
         ConfigError: ``rounds`` or ``folds`` out of its domain. ModelError: the model is not gated.
         DataError: no batches, batches that can be gone through only once, or activations that are not finite. The gates
             are then as they were.
 
-    Source: gatedprune's own; the statistic is that of static ranking by activations times weights.
+    Source: gatedprune's own. Contributions are gradients of the squared error of what readers give, by the gates;
+    rounds that average them are those of a Frank-Wolfe method (Jaggi, ICML 2013).
     """
     for name, value, least in (("rounds", rounds, 1), ("folds", folds, 2)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ConfigError(f"`{name}` of calibrate() must be an integer of at least {least}. Got {value!r}.")
-    _check_gated(gated, "calibrate()")
-    if rounds > 1 and isinstance(batches, Iterator):
+    check_gated(gated, "calibrate()")
+    thresholds = any(gate.varies for gate in gated.gates.values())
+    if (rounds > 1 or norms or thresholds) and isinstance(batches, Iterator):
         raise DataError(
             "The `batches` of calibrate() are an iterator, which is used up after one of the rounds: give it a list "
-            "or a data loader, or rounds=1."
+            "or a data loader, or rounds=1, norms=False."
         )
-    before = {name: {k: v.clone() for k, v in gate.state_dict().items()} for name, gate in gated.gates.items()}
-    moments: dict[str, Moments] = {}
-    samples = 0
+    before = {k: v.clone() for k, v in gated.gate_modules.state_dict().items()}
     try:
-        for i in range(rounds):
-            if i and all(gate.active_count == gate.channels for gate in gated.gates.values()):
-                break  # nothing is suppressed: the gated model is the dense one
-            samples = _accumulate(gated, batches, moments, int(folds), inputs, "calibrate()", dense=i == 0)
-            plans = {name: _plan(gated.gates[name], m) for name, m in moments.items()}
-            with torch.no_grad():
-                for name, (ridge, info) in plans.items():
-                    _install(gated.gates[name], ridge, info, moments[name])
+        gated.gate_modules.clear_matches()
+        samples, fits, matched = _calibrate(_Passes(gated, batches, inputs, "calibrate()", norms), int(rounds),
+                                            int(folds), dynamic)  # fmt: skip
+        if thresholds:
+            gated.fit_thresholds(batches, inputs=inputs)
     except BaseException:
-        for name, gate in gated.gates.items():
-            gate.load_state_dict(before[name])
+        gated.gate_modules.load_state_dict(before)
         raise
-    return Calibration(samples, {name: info for name, (_, info) in plans.items()})
+    return Calibration(samples, fits, matched)
+
+
+def _calibrate(passes: _Passes, rounds: int, folds: int,
+               dynamic: bool) -> tuple[int, dict[str, SiteFit], tuple[str, ...]]:  # fmt: skip
+    gated, moments = passes.gated, dict[str, Moments]()
+    suppressed = any(gate.active_count < gate.channels for gate in gated.gates.values())
+    for i in range(rounds if suppressed else 1):
+        if i == 1:
+            moments.clear()  # contributions among all channels: another quantity
+        samples = passes.accumulate(moments, folds, gate=i > 0)
+        plans = {name: _plan(gated.gates[name], m, dynamic) for name, m in moments.items()}
+        with torch.no_grad():
+            for name, (ridge, info) in plans.items():
+                _install(gated.gates[name], ridge, info, moments[name])
+    matched = _set_matches(gated, passes.match()) if suppressed and passes.matching and passes.norms else ()
+    return samples, {name: info for name, (_, info) in plans.items()}, matched
+
+
+def match_norms(gated: Any, batches: Iterable[Any], inputs: Inputs | None = None) -> tuple[str, ...]:
+    """Match the batch norms behind readers of gated sites for the gates as they are; `calibrate` does so by itself.
+
+    Args:
+        gated: A gated model. batches, inputs: As for `calibrate`; gone through once.
+
+    Returns:
+        Paths of the norms that were matched.
+    """
+    check_gated(gated, "match_norms()")
+    passes = _Passes(gated, batches, inputs, "match_norms()", True)
+    before = {path: gated.gate_modules.match(path) for path in gated.gate_modules.matched}
+    gated.gate_modules.clear_matches()
+    try:
+        return _set_matches(gated, passes.match())
+    except BaseException:
+        for path, found in before.items():
+            gated.gate_modules.set_match(path, *found)
+        raise
+
+
+def _set_matches(gated: Any, matches: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
+    for path, (scale, shift) in matches.items():
+        kind = gated.get_submodule(path).running_mean
+        gated.gate_modules.set_match(path, scale.to(kind), shift.to(kind))
+    return tuple(matches)
 
 
 def held_out_r2(gated: Any, calibration: Calibration, batches: Iterable[Any],
                 inputs: Inputs | None = None) -> dict[str, float]:  # fmt: skip
     """R² of calibrated predictors on other data: 1 − their squared errors / those of the calibration's constant term.
 
-    What the gates see is taken from the gated model at its present ratios, the contributions from the dense one.
+    What the gates see is taken from the gated model at its present ratios; contributions are those of the
+    dense model's channels beside the winners.
 
     Args:
         gated: The calibrated model, its gates as `calibrate` left them. calibration: what it returned.
@@ -140,10 +199,10 @@ def held_out_r2(gated: Any, calibration: Calibration, batches: Iterable[Any],
     Returns:
         Site name → R², over all channels of the site; negative where a static ranking's values are nearer.
     """
-    _check_gated(gated, "held_out_r2()")
+    check_gated(gated, "held_out_r2()")
     found: dict[str, float] = {}
     moments: dict[str, Moments] = {}
-    _accumulate(gated, batches, moments, 1, inputs, "held_out_r2()", dense=False)
+    _Passes(gated, batches, inputs, "held_out_r2()", False).accumulate(moments, 1, gate=True)
     for name, m in moments.items():
         gate, info = gated.gates[name], calibration.sites[name]
         scaled = m.scaled(info.scale)
@@ -155,43 +214,73 @@ def held_out_r2(gated: Any, calibration: Calibration, batches: Iterable[Any],
     return found
 
 
-def _check_gated(gated: Any, where: str) -> None:
+def check_gated(gated: Any, where: str) -> None:
     if not isinstance(gated, GatedModel):
         raise ModelError(f"{where} takes a model that wrap() returned. {type(gated).__name__} is not gated.")
 
 
-def _accumulate(gated: Any, batches: Iterable[Any], moments: dict[str, Moments], folds: int, inputs: Inputs | None,
-                where: str, *, dense: bool) -> int:  # fmt: skip
-    """Add one pass over the data to every site's moments; returns the number of samples.
+class _Passes:
+    """Passes over the data in eval mode, each batch through the dense model and then, if asked, the gated one."""
 
-    Targets are the dense model's contributions; features what the gates see, in the dense model or in the gated one.
-    """
-    samples = 0
-    for moment in moments.values():
-        moment.seen = 0  # the same samples in the same folds
-    with torch.no_grad(), evaluating(gated), Contributions(gated) as record:
-        for args in _arguments(gated, batches, inputs, where):
-            record.clear()
-            with suspended(gated):
-                gated(*args)
-            targets = {site.name: record.target(site.name) for site in gated.gated_sites}
-            if not dense:
+    def __init__(self, gated: Any, batches: Iterable[Any], inputs: Inputs | None, where: str, matching: bool) -> None:
+        self.gated, self.batches, self.inputs, self.where, self.matching = gated, batches, inputs, where, matching
+        self.norms: dict[str, str] | None = None
+
+    def accumulate(self, moments: dict[str, Moments], folds: int, *, gate: bool) -> int:
+        """Add what gates see and what channels contribute to every site's moments; returns the number of samples.
+
+        Args:
+            gate: Gates see the gated model, and contributions are those beside the winners; else the dense one, beside
+                all channels.
+        """
+        for moment in moments.values():
+            moment.seen = 0  # the same samples in the same folds
+        samples = 0
+        with closing(self._run(gate=gate, reading=True)) as records:
+            for record in records:
+                for site in self.gated.gated_sites:
+                    s = record.seen[site.name]
+                    if site.name not in moments:
+                        moments[site.name] = Moments(site.in_channels, site.channels, folds, s.device)
+                    active = self.gated.gates[site.name].last_active if gate else None
+                    moments[site.name].add(s, record.target(site.name, active))
+                samples += len(s)
+        return samples
+
+    def match(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Norm path → scale and shift that match its input in the gated model to the dense one's."""
+        with closing(self._run(gate=True, reading=False)) as records:
+            for _ in records:
+                pass
+        return self.found
+
+    def _run(self, *, gate: bool, reading: bool) -> Generator[Contributions, None, None]:
+        gated, samples = self.gated, 0
+        with torch.no_grad(), evaluating(gated), ExitStack() as stack:
+            for args in model_arguments(gated, self.batches, self.inputs, self.where):
+                if self.norms is None:
+                    with suspended(gated):
+                        self.norms = following_norms(gated, *args)
+                if not samples:
+                    record = stack.enter_context(Contributions(gated, self.norms, matched=self.matching))
+                    matching = stack.enter_context(Matching(gated, self.norms if self.matching else {}))
                 record.clear()
-                gated(*args)
-            for site in gated.gated_sites:
-                s = record.seen[site.name]
-                if site.name not in moments:
-                    moments[site.name] = Moments(site.in_channels, site.channels, folds, s.device)
-                moments[site.name].add(s, targets[site.name])
-            samples += len(s)
-    for gate in gated.gates.values():
-        gate.clear()
-    if not samples:
-        raise DataError(f"The `batches` of {where} are empty: give it a few hundred samples.")
-    return samples
+                record.reading, matching.dense = reading, True
+                with suspended(gated):
+                    gated(*args)
+                if gate:
+                    record.reading = matching.dense = False
+                    gated(*args)
+                samples += 1
+                yield record
+            if not samples:
+                raise DataError(f"The `batches` of {self.where} are empty: give it a few hundred samples.")
+            self.found = matching.matches()
+        for module in gated.gates.values():
+            module.clear()
 
 
-def _arguments(gated: Any, batches: Iterable[Any], inputs: Inputs | None, where: str) -> Iterator[tuple[Any, ...]]:
+def model_arguments(gated: Any, batches: Iterable[Any], inputs: Inputs | None, where: str) -> Iterator[tuple[Any, ...]]:
     """The model's arguments for each batch, on the model's device."""
     device = next(gated.parameters()).device
     for batch in batches:
@@ -207,17 +296,17 @@ def _arguments(gated: Any, batches: Iterable[Any], inputs: Inputs | None, where:
         yield tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
 
 
-def _plan(gate: Gate, moments: Moments) -> tuple[Ridge, SiteFit]:
+def _plan(gate: Gate, moments: Moments, dynamic: bool) -> tuple[Ridge, SiteFit]:
     total = moments.total()
-    mean = float((total.y / total.count).mean())
-    # Saliencies of mean 1, as before calibration; a site that gives nothing at all keeps its zeros.
-    scale = 1 / mean if mean > 0 else 1.0
-    ridge = fit(moments)
+    size = float((total.yy / total.count).mean().sqrt())
+    # Saliencies of about 1, as before calibration; a site that gives nothing at all keeps its zeros.
+    scale = 1 / size if size > 0 else 1.0
+    ridge = fit(moments, SHRINKAGES if dynamic else SHRINKAGES[-1:])
     mx = total.x[0] / total.count
     cov = total.xx[0] / total.count - mx[:, None] * mx
     spread = ((ridge.weight @ cov) * ridge.weight).sum(1).clamp_min(0).sqrt()
     lowest = (total.y[0] / total.count - MARGIN * spread).min()
-    offset = max(0.0, -scale * float(lowest))
+    offset = max(0.0, FLOOR - scale * float(lowest))
     return ridge, SiteFit(gate.channels, gate.in_channels, ridge.shrinkage, ridge.r2, scale, offset)
 
 
@@ -227,4 +316,5 @@ def _install(gate: Gate, ridge: Ridge, info: SiteFit, moments: Moments) -> None:
     gate.bias.copy_(info.scale * ridge.bias + info.offset)
     gate.start.copy_(info.scale * total.y[0] / total.count + info.offset)
     gate.strength.zero_()
+    gate.forget_threshold()
     gate.clear()

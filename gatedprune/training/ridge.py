@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,20 +71,24 @@ def squared_errors(m: Moments, weight: Tensor, bias: Tensor) -> Tensor:
     return (slope + n * offset.square()).clamp_min(0)
 
 
-def fit(moments: Moments) -> Ridge:
-    """The ridge regression whose shrinkage has the least squared error on the folds left out."""
+def fit(moments: Moments, shrinkages: Sequence[float] = SHRINKAGES) -> Ridge:
+    """The ridge regression whose shrinkage has the least squared error on the folds left out.
+
+    Args:
+        moments: Of the data. shrinkages: The candidates, ascending; the last is infinite: the constant term alone.
+    """
     filled = [f for f in range(moments.folds) if moments.count[f] > 0]
     path = _Path(moments.total())
     if len(filled) < 2:
         return Ridge(*path.solution(math.inf), math.inf, None)
-    errors = torch.zeros(len(SHRINKAGES), dtype=torch.float64)
+    errors = torch.zeros(len(shrinkages), dtype=torch.float64)
     for f in filled:
         out = torch.arange(moments.folds, device=moments.x.device) == f
         others, left = _Path(moments.pick(~out)), moments.pick(out)
-        for i, shrinkage in enumerate(SHRINKAGES):
+        for i, shrinkage in enumerate(shrinkages):
             errors[i] += float(squared_errors(left, *others.solution(shrinkage)).sum())
     constant = float(errors[-1])
     # Ties go to the greater shrinkage: a site that cannot be predicted is left with its constant term.
-    best = len(SHRINKAGES) - 1 - int(errors.flip(0).argmin())
+    best = len(shrinkages) - 1 - int(errors.flip(0).argmin())
     r2 = 1 - float(errors[best]) / constant if constant > 0 else 0.0
-    return Ridge(*path.solution(SHRINKAGES[best]), SHRINKAGES[best], r2)
+    return Ridge(*path.solution(shrinkages[best]), shrinkages[best], r2)

@@ -19,6 +19,7 @@ from .containers import GATES as _GATES
 from .containers import hiding
 from .hooks import GatingState, attach
 from .importance import magnitude_importance
+from .matching import GateModules, attach_matches, is_match
 
 __all__ = ["GatedModel", "is_gated", "unwrap", "wrap"]
 
@@ -33,13 +34,20 @@ class GatedModel(nn.Module):
     _gatedprune_report: SiteReport
     _gatedprune_sites: tuple[str, ...]
     _gatedprune_inputs: tuple[Any, ...]  # what it was wrapped for, as tensors without values
+    # Site → channels before `prune_dead`, and which of them are left.
+    _gatedprune_pruned: Mapping[str, tuple[int, tuple[int, ...]]]
 
     @property
     def gates(self) -> dict[str, Gate]:
         """Site name → gate, in the order in which the model runs them."""
+        return {site: getattr(self.gate_modules, _key(site)) for site in self._gatedprune_sites}
+
+    @property
+    def gate_modules(self) -> GateModules:
+        """The submodule that holds the gates, and what batch norms were matched by (see `calibrate`)."""
         modules = self._modules[_GATES]
-        assert modules is not None
-        return {site: getattr(modules, _key(site)) for site in self._gatedprune_sites}
+        assert isinstance(modules, GateModules)
+        return modules
 
     @property
     def gate_config(self) -> GateConfig:
@@ -79,6 +87,8 @@ class GatedModel(nn.Module):
     def set_ratio(self, ratio: float | Mapping[str, float]) -> None:
         """Change the share of suppressed channels: of every gate, or of those that a mapping's patterns name.
 
+        Batch norms that calibration matched to the old ratios see their input as it is again: calibrate anew.
+
         Raises:
             ConfigError: A ratio outside [0, 1), or a pattern that fits no site. Nothing changes then.
         """
@@ -90,11 +100,14 @@ class GatedModel(nn.Module):
             value = check_ratio(value, f"set_ratio(), pattern {pattern!r},")
             for gate in hits.values():
                 counts.setdefault(gate, self.gate_config.active_count(gate.channels, value))
+        if any(gate.active_count != count for gate, count in counts.items()):
+            self.gate_modules.clear_matches()  # they belong to the ratios that they were measured at
         for gate, count in counts.items():
             gate.active_count = count
 
     def reset_gates(self) -> None:
         """Put every gate back to its start: φ = 0, ρ = the magnitude importance of the weights as they are now."""
+        self.gate_modules.clear_matches()
         for site in self.gated_sites:
             gate = self.gates[site.name]
             with torch.no_grad():
@@ -102,6 +115,7 @@ class GatedModel(nn.Module):
                 gate.bias.copy_(magnitude_importance(self, site))
                 gate.start.copy_(gate.bias)
                 gate.strength.fill_(1)
+                gate.forget_threshold()
 
     def calibrate(self, batches: Iterable[Any], **options: Any) -> Any:
         """Fit every gate's predictor in closed form, without labels or training: `gatedprune.calibrate`.
@@ -112,6 +126,33 @@ class GatedModel(nn.Module):
         """
         # Later in the order of imports: looked up when first asked for.
         return importlib.import_module("gatedprune.training").calibrate(self, batches, **options)
+
+    def fit_thresholds(self, batches: Iterable[Any], **options: Any) -> Any:
+        """Set the T of every gate (``gate="threshold"``), so that k channels win on average over the data.
+
+        Args:
+            batches: As for `calibrate`, which does this too; call it again after training or `set_ratio`.
+            **options: Those of `gatedprune.training.fit_thresholds`.
+        """
+        return importlib.import_module("gatedprune.training").fit_thresholds(self, batches, **options)
+
+    def usage(self, batches: Iterable[Any], **options: Any) -> Any:
+        """Count for how many inputs each channel wins, and with labels for which classes: `gatedprune.inside.usage`.
+
+        Args:
+            batches: Tensors (B, …), or tuples (images, labels).
+            **options: Those of `gatedprune.inside.usage`.
+        """
+        return importlib.import_module("gatedprune.inside").usage(self, batches, **options)
+
+    def prune_dead(self, batches: Iterable[Any] | None = None, **options: Any) -> Any:
+        """A smaller gated model without the channels that never win, in its result's ``model``; this one stays.
+
+        Args:
+            batches: As for `usage`.
+            **options: Those of `gatedprune.inside.prune_dead`.
+        """
+        return importlib.import_module("gatedprune.inside").prune_dead(self, batches, **options)
 
     def backbone_state_dict(self) -> dict[str, Tensor]:
         """The state dict without the gates: the keys of the model before wrapping."""
@@ -160,7 +201,7 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
         config: All options at once, instead of ``ratio`` and ``options``.
         **options: The other fields of `GateConfig`: ``macs`` (instead of ``ratio``: the share of the dense MACs that
             may be left), ``include``, ``exclude``, ``round_to``, ``min_channels``, ``stream``, ``boost``, ``signed``,
-            ``max_gain``, ``straight_through``.
+            ``max_gain``, ``straight_through``, ``gate``.
 
     Returns:
         The same object, gated.
@@ -191,7 +232,7 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
     gates = {site.name: _make_gate(model, site, ratio, config) for site, ratio in chosen}
     inputs = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in normalise_inputs(model, example_inputs))
     _mutate(model, [site for site, _ in chosen], gates, config, report)
-    model.__dict__["_gatedprune_inputs"] = inputs
+    model.__dict__.update(_gatedprune_inputs=inputs, _gatedprune_pruned={})
     return model
 
 
@@ -244,7 +285,7 @@ def _make_gate(model: nn.Module, site: Site, ratio: float, config: GateConfig) -
     return Gate(site.channels, site.in_channels, config.active_count(site.channels, ratio), boost=config.boost,
                 importance=magnitude_importance(model, site), channel_dim=site.gate_at.channel_dim,
                 signed=config.signed, max_gain=config.max_gain, straight_through=config.straight_through,
-                device=weight.device, dtype=weight.dtype)  # fmt: skip
+                kind=config.gate, device=weight.device, dtype=weight.dtype)  # fmt: skip
 
 
 def _mutate(
@@ -255,9 +296,10 @@ def _mutate(
     try:
         for site in sites:
             attach(model, site, gates[site.name], state)
-        container = nn.Module()
+        container = GateModules()
         for name, gate in gates.items():
             container.add_module(_key(name), gate)
+        attach_matches(model, container, state)
         container.train(model.training)
         model.add_module(_GATES, container)
         model.__dict__[GATING_STATE] = state
@@ -272,7 +314,7 @@ def _mutate(
 def _strip(model: nn.Module, state: GatingState, base: type) -> None:
     state.remove()
     model._modules.pop(_GATES, None)
-    for name in (GATING_STATE, *(f"_gatedprune_{what}" for what in ("config", "report", "sites", "inputs"))):
+    for name in (GATING_STATE, *(f"_gatedprune_{what}" for what in ("config", "report", "sites", "inputs", "pruned"))):
         model.__dict__.pop(name, None)
     model.__class__ = base
 
@@ -291,12 +333,12 @@ def unwrap(model: nn.Module) -> Any:
 
 def _tolerate_backbone_checkpoint(model: nn.Module, incompatible: Any) -> None:
     """After load_state_dict: a checkpoint of the backbone alone is no error; untouched gates are ranked anew."""
-    own = [f"{_GATES}.{k}" for k in model._modules[_GATES].state_dict()]  # type: ignore[union-attr]
+    assert isinstance(model, GatedModel)
+    own = [f"{_GATES}.{k}" for k in model.gate_modules.state_dict() if not is_match(k)]
     missing = [k for k in incompatible.missing_keys if any(k == o or k.endswith("." + o) for o in own)]
     if len(missing) != len(own):
         return
     for key in missing:
         incompatible.missing_keys.remove(key)
-    assert isinstance(model, GatedModel)
     if all(not g.weight.any() and torch.equal(g.bias, g.start) for g in model.gates.values()):
         model.reset_gates()

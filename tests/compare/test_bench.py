@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
 import timm
-from click.testing import CliRunner
 
-from gatedprune.cli import main
 from gatedprune.compare import bench as module
 from gatedprune.compare.bench import Benchmark, Cell, bench
 from gatedprune.errors import ConfigError, ModelError
@@ -75,24 +72,6 @@ def test_bad_requests() -> None:
         bench(model, [])
     with pytest.raises(ConfigError, match="Unknown runtime 'tvm'.*compile"):
         bench(model, [(64, 64)], runtimes=["tvm"])
-
-
-def test_command(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
-    command = ["bench", "test_resnet", "--size", "64", "--ratio", "0.5", "--threads", "1,2", "--repeats", "1"]
-    ran = CliRunner().invoke(main, [*command, "--json", str(file)])
-    assert ran.exit_code == 0, ran.output
-    assert "realised" in ran.stdout and ran.stdout.count("64×64") == 2
-    written = json.loads(file.read_text())
-    assert [c["threads"] for c in written["cells"]] == [1, 2] and written["cells"][0]["speedup"] > 0
-
-
-@pytest.mark.parametrize(
-    ("option", "value"), [("--ratio", "1.5"), ("--threads", "a"), ("--batch", "0"), ("--against", "x")]
-)
-def test_command_refuses(option: str, value: str) -> None:
-    ran = CliRunner().invoke(main, ["bench", "test_resnet", option, value])
-    assert ran.exit_code == 2 and value in ran.output
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")

@@ -77,6 +77,34 @@ def test_a_sound_model_passes_everything(case: Case) -> None:
     assert notes["macs_fall"].endswith("% of the MACs left")
 
 
+def test_thresholds_pass_everything_with_different_numbers_of_winners() -> None:
+    case = small(gate="threshold")
+    assert list(check_model(case)) == list(CHECKS)
+    gated = case.gated()
+    with torch.no_grad():
+        gated(*case.inputs())
+    counts = [(gate.last_active < gate.channels).sum(1) for gate in gated.gates.values()]
+    assert sum(bool(c.min() < c.max()) for c in counts) >= len(counts) / 2
+
+
+def test_a_threshold_that_is_off_and_winners_below_it() -> None:
+    def shift(gated: GatedModel) -> None:
+        gated.gates["first"].threshold += 10  # type: ignore[operator]
+
+    def swap(gated: GatedModel) -> None:
+        def choose(gate: Gate, args: tuple, active: Tensor) -> None:
+            gate.last_active = torch.where(active == active[:, :1], gate.channels, active).sort(1).values
+
+        gated.gates["first"].register_forward_hook(choose)
+
+    for fault, match in ((shift, r"site first: 1 channels win on average, not 8"),
+                         (swap, r"site first: the winners are not those above the threshold")):  # fmt: skip
+        case = small(gate="threshold")
+        breaking(case, "gated", fault)
+        with pytest.raises(AssertionError, match=match):
+            CHECKS["exactly_k"](case)
+
+
 def test_check_model_takes_a_factory_and_a_selection() -> None:
     notes = check_model(Small, IMAGES, ratio=0.25, checks=["unwrap", "exactly_k"])
     assert list(notes) == ["unwrap", "exactly_k"]

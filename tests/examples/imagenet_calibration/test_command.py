@@ -17,9 +17,10 @@ from PIL import Image
 
 import gatedprune
 from gatedprune.errors import CheckpointError, DataError
+from gatedprune.examples.imagenet_calibration.baselines import choosing, compensating, reading_means
 from gatedprune.examples.imagenet_calibration.cli import main
-from gatedprune.examples.imagenet_calibration.data import load_images, load_labels, load_model
-from gatedprune.examples.imagenet_calibration.measure import choosing, measure
+from gatedprune.examples.imagenet_calibration.data import load_images, load_labels, load_model, load_views
+from gatedprune.examples.imagenet_calibration.measure import Views, measure
 
 MODEL = "test_efficientnet.r160_in1k"
 
@@ -62,20 +63,40 @@ def arguments(files: Path, *more: str) -> list[str]:
 
 def test_the_command_prints_a_table_and_writes_json(files: Path) -> None:
     out = files / "out.json"
-    options = ["--ratio", "0", "--ratio", "0.25", "--ranking", "activation", "--ranking", "taylor", "--json", str(out)]
+    options = ["--ratio", "0", "--ratio", "0.25", "--ranking", "activation", "--ranking", "taylor", "--json", str(out),
+               "--rounds", "2", "--views", "2", "--allocate", "--include", "blocks.*.conv_pw"]  # fmt: skip
     run = CliRunner().invoke(main, arguments(files, *options), catch_exceptions=False)
     assert run.exit_code == 0, run.output
     assert "top-1, from 100.0 dense" in run.output
     assert "dynamic, calibrated | 100.0 |" in run.output  # nothing is suppressed at ratio 0
     found = json.loads(out.read_text())
     assert found["dense"] == 100
-    for row in (found["runs"][0]["static"]["activation"], found["runs"][0]["oracle"], found["runs"][0]["dynamic"]):
+    nothing = found["runs"][0]
+    for row in (*nothing["static"].values(), nothing["oracle"], nothing["dynamic"], nothing["allocated"]["dynamic"]):
         assert row == 100
     quarter = found["runs"][1]
     assert quarter["macs"] < 1
-    assert set(quarter["static"]) == {"activation", "taylor"}
+    assert set(quarter["static"]) == {
+        "activation", "activation, suppressed channels at their mean", "activation, norms matched", "taylor",
+        "taylor, norms matched", "calibrated, constant term alone",
+    }  # fmt: skip
+    assert set(quarter["allocated"]["ratios"]) == {"static", "dynamic"}
     assert all({"r2_cross_validated", "r2_held_out"} <= set(site) for site in quarter["sites"].values())
     assert found["options"]["calibration"] == 16
+
+
+def test_held_out_calibration_images_take_the_place_of_images(files: Path) -> None:
+    out = files / "out.json"
+    common = ["--model", MODEL, "--weights", str(files / "w.pth"), "--calibration", str(files / "calibration.tar")]
+    options = ["--ratio", "0.25", "--ranking", "magnitude", "--rounds", "1", "--no-yardsticks", "--json", str(out)]
+    run = CliRunner().invoke(main, [*common, "--held-out", "4", *options], catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    found = json.loads(out.read_text())
+    assert found["dense"] == 100  # the dense model's own answers
+    assert (found["options"]["images"], found["options"]["calibration"]) == (4, 12)
+    run = CliRunner().invoke(main, common)
+    assert run.exit_code == 2
+    assert "--images and --labels, or --held-out" in run.output
 
 
 def test_static_is_what_torch_pruning_leaves(files: Path) -> None:
@@ -90,9 +111,43 @@ def test_static_is_what_torch_pruning_leaves(files: Path) -> None:
     with torch.no_grad(), choosing(gated, scores):
         torch.testing.assert_close(gated(images), kept.model(images), rtol=1e-3, atol=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in gated.state_dict().items())
-    found = measure(gated, 0.3, images[:8], images, labels, rankings=["magnitude"], rounds=2, yardsticks=False)
+    data = Views([images[:8]], 4)
+    found = measure(gated, 0.3, data, images, labels, rankings=["magnitude"], rounds=2, yardsticks=False)
     assert 0 <= found["dynamic"] <= 100
     assert "oracle" not in found
+
+
+def test_bias_compensation_puts_suppressed_channels_at_their_mean(files: Path) -> None:
+    """In front of a 1×1 convolution that is a bias: the mean of what is lost."""
+    model = load_model(MODEL, files / "w.pth")
+    images, _ = load_images(files / "images.tar", model, None, None)
+    gated: Any = gatedprune.wrap(model, 0.0, example_inputs=images[:1], include="blocks.1.0.conv_exp")
+    means = reading_means(gated, images, 5)
+    path = "blocks.1.0.conv_pwl"
+    reader, seen = gated.get_submodule(path), []
+    handle = reader.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    with torch.no_grad():
+        gated(images)
+        gated.set_ratio(0.5)
+        gated(images)
+        with compensating(gated, means):
+            gated(images)
+        handle.remove()
+    dense, pruned, mended = (y.mean((0, 2, 3)) for y in seen)
+    torch.testing.assert_close(mended, dense, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(pruned, dense, rtol=1e-2, atol=1e-3)
+
+
+def test_views_are_the_images_and_always_the_same_crops(files: Path) -> None:
+    model = load_model(MODEL, files / "w.pth")
+    images, _ = load_images(files / "images.tar", model, None, None)
+    plain, *crops = load_views(files / "images.tar", model, None, None, 3)
+    assert torch.equal(plain, images)
+    assert [c.shape for c in crops] == [images.shape] * 2
+    assert not torch.equal(crops[0], crops[1])
+    again = load_views(files / "images.tar", model, None, None, 3)[1]
+    assert torch.equal(again, crops[0])
+    assert [len(x) for x in Views([plain, *crops], 8)] == [8, 4] * 3
 
 
 def test_errors_name_the_file(files: Path) -> None:

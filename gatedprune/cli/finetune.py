@@ -9,19 +9,10 @@ from typing import Any
 
 import click
 
-from .errors import GatedPruneError
+from ..errors import GatedPruneError
+from .common import Size
 
 __all__ = ["command"]
-
-
-class _Size(click.ParamType):
-    name = "HxW|N"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        parts = str(value).lower().split("x")
-        if len(parts) > 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
-            self.fail(f"{value!r} is no size in pixels such as 192x640 (height x width) or 224", param, ctx)
-        return int(parts[0]), int(parts[-1])
 
 
 def _option(*names: str, **settings: Any) -> Any:
@@ -58,7 +49,7 @@ _OPTIONS = [
     _option("--penalty", type=float, default=1e-8, help="Weight of the L1 term on saliencies."),
     _option("--pretrained", is_flag=True, help="Start from timm's weights."),
     _option("--weights", type=click.Path(dir_okay=False), help="Start from the weights in this file."),
-    _option("--size", type=_Size(), help="Image size in pixels; default: the one timm configures."),
+    _option("--size", type=Size(), help="Image size in pixels; default: the one timm configures."),
     _option("--distill", type=float, default=0.0, help="Weight of the loss against a dense teacher, in [0, 1]."),
     _option("--teacher", type=click.Path(file_okay=False), help="OUTPUT/model of a dense run; default: the start."),
     _option("--temperature", type=float, default=2.0, help="Of the teacher's logits."),
@@ -104,7 +95,7 @@ def command(ctx: click.Context, model: str, output: str, resume: bool, **options
     they hold a folder for each class. Stopped or killed, the same command with --resume goes on exactly. The result
     is OUTPUT/model, which gatedprune.load() takes where it is gated. Needs the extra `train`; static also `compare`.
     """
-    from .finetune import FinetuneConfig, Interrupted, finetune, is_main_process  # accelerate is optional
+    from ..finetune import FinetuneConfig, Interrupted, finetune, is_main_process  # accelerate is optional
 
     try:
         config = FinetuneConfig(model=model, output=output, **options)
