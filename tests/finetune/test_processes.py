@@ -59,8 +59,9 @@ def options(images: Path) -> dict[str, Any]:
 
 
 def arguments(images: Path, output: str) -> list[str]:
-    return ["finetune", "own:Own", "--data", str(images), "--size", "24", "--epochs", "2", "--batch-size", "4", "--lr", "0.1",
-            "--straight-through", "--penalty", "1e-4", "--save-every", "0", "--output", output]  # fmt: skip
+    return ["finetune", "own:Own", "--data", str(images), "--size", "24", "--epochs", "2", "--batch-size", "4",
+            "--lr", "0.1", "--straight-through", "--penalty", "1e-4", "--save-every", "0",
+            "--output", output]  # fmt: skip
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
