@@ -93,7 +93,7 @@ def command(ctx: click.Context, model: str, output: str, resume: bool, **options
 
     MODEL is a name that timm knows, module:callable, or a saved folder. The folder flowers holds train/ and val/, and
     they hold a folder for each class. Stopped or killed, the same command with --resume goes on exactly. The result
-    is OUTPUT/model, which gatedprune.load() takes where it is gated. Needs the extra `train`; static also `compare`.
+    is OUTPUT/model, which gatedprune.load() takes where it is gated. Needs the extra `train`.
     """
     from ..finetune import FinetuneConfig, Interrupted, finetune, is_main_process  # accelerate is optional
 
@@ -103,13 +103,20 @@ def command(ctx: click.Context, model: str, output: str, resume: bool, **options
         result = finetune(config, resume=resume, progress=main,
                           say=lambda text: click.echo(text, err=True) if main else None)  # fmt: skip
     except Interrupted:
-        again = shlex.join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a != "--resume"), "--resume"])
-        click.echo(f"Stopped; the state is in {output}. Go on with: {again}", err=True)
+        if main:
+            click.echo(f"Stopped; the state is in {output}. Go on with: {_again(sys.argv)}", err=True)
         ctx.exit(130)
     except (GatedPruneError, ImportError) as error:
         raise click.ClickException(str(error)) from error
     if main:
         click.echo(str(result))
+
+
+def _again(arguments: list[str]) -> str:
+    """The command that goes on."""
+    program = Path(arguments[0]).name
+    start = ["python", "-m", "gatedprune"] if program == "__main__.py" else [program]
+    return shlex.join([*start, *(a for a in arguments[1:] if a != "--resume"), "--resume"])
 
 
 for _each in reversed(_OPTIONS):

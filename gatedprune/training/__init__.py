@@ -2,8 +2,8 @@
 
 `contribution` measures what each channel gives to the layers that read it (`reader`), `moments` accumulates it, `ridge`
 fits the predictors, `matching` follows what suppression does to batch norms, and `calibration` puts it all in place.
-`allocation` gives each site its ratio, `thresholds` its T; `oracle` chooses with hindsight, as a yardstick. For training,
-`schedule` raises the ratio and `distillation` compares with the dense model.
+`allocation` gives each site its ratio, `thresholds` its T; `oracle` chooses with hindsight, as a yardstick. For
+training, `schedule` raises the ratio and `distillation` compares with the dense model.
 """
 
 from .allocation import Allocation, allocate

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from gatedprune import wrap
+from gatedprune import is_gated, wrap
 from gatedprune.wrapping import GatedModel
 
 IMAGES = torch.zeros(2, 3, 16, 16)
