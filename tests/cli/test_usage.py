@@ -33,7 +33,7 @@ def test_usage_prints_and_writes_the_counts(run: Run, saved: Path, photos: Path,
     gated = gatedprune.load(saved)
     images = image_set(gated, photos)
     found = usage(gated, images, classes=images.classes)
-    assert str(found) in result.output and "7 gates on 3 inputs of 2 classes" in result.output
+    assert str(found) in result.output and "10 gates on 3 inputs of 2 classes" in result.output
     assert json.loads((tmp_path / "u.json").read_text()) == json.loads(json.dumps(found.to_dict()))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["u.csv", "u.json", "u.npz"]
 
