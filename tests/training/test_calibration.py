@@ -138,10 +138,8 @@ def test_further_rounds_suit_what_gates_see_of_a_gated_model() -> None:
     fits = one.calibrate(x.split(20), rounds=1), more.calibrate(x.split(20), rounds=4)
     unseen = [images(40, seed=2)]
     r2 = [held_out_r2(m, f, unseen) for m, f in zip((one, more), fits, strict=True)]
-    first, *later = one.gates
+    _, *later = one.gates
     assert sum(r2[1][n] for n in later) > sum(r2[0][n] for n in later)
-    # Nothing is suppressed before the first gate: it sees the same in every round.
-    torch.testing.assert_close(one.gates[first].start, more.gates[first].start, rtol=1e-4, atol=1e-4)
 
 
 def test_training_mode_and_statistics_come_back() -> None:
@@ -172,7 +170,7 @@ def test_reset_gates_undoes_it() -> None:
 
 def test_the_oracle_chooses_the_largest_contributions() -> None:
     model, x = gated(), images(5)
-    oracle, record = OracleChoice(model), dense_record(model, x)
+    oracle, record = OracleChoice(model, rounds=1), dense_record(model, x)
     oracle(x)
     for name, gate in model.gates.items():
         wanted = record.target(name).topk(gate.active_count).indices.sort(1).values
