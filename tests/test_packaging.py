@@ -84,7 +84,7 @@ def test_wheel_holds_the_library_and_no_tests(root: Path, monkeypatch: pytest.Mo
 
 def test_extras_are_what_the_docs_promise(config: configparser.ConfigParser) -> None:
     extras = {name: lines(text) for name, text in config["options.extras_require"].items()}
-    assert set(extras) == {"compare", "bench", "export", "kitti", "test", "dev"}
+    assert set(extras) == {"compare", "bench", "export", "kitti", "docs", "test", "dev"}
     assert "gatedprune[compare]" in extras["kitti"]
     assert "gatedprune[kitti]" in extras["test"]
     assert "gatedprune[test]" in extras["dev"]
