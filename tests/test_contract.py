@@ -45,6 +45,12 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+# The timm that brought them, where it is newer than the oldest that setup.cfg allows.
+SINCE = {"test_coatnet": (1, 0, 31), "test_maxvit": (1, 0, 31), "test_vit_relpos": (1, 0, 31)}
+INSTALLED = tuple(int(part) for part in timm.__version__.split(".")[:3])
+HERE = [name for name in MODELS if SINCE.get(name, (0,)) <= INSTALLED]
+
+
 def case(name: str, stream: bool) -> Case:
     options, oracle = MODELS[name]
     options = dict(options)
@@ -67,11 +73,11 @@ WITH_STREAM = (
     "test_resnet",
     "test_vit",
 )
-CASES = [case(name, False) for name in MODELS] + [case(name, True) for name in WITH_STREAM]
+CASES = [case(name, False) for name in HERE] + [case(name, True) for name in WITH_STREAM if name in HERE]
 
 
 def test_every_tiny_model_is_here() -> None:
-    assert sorted(MODELS) == sorted(timm.list_models("test_*"))
+    assert sorted(HERE) == sorted(timm.list_models("test_*"))
 
 
 @parametrize_checks(CASES)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
 import os
 import re
 import subprocess
@@ -81,6 +84,20 @@ def test_public_names_are_few_and_described() -> None:
     assert sorted(described) == sorted(gatedprune.__all__)
     for name in gatedprune.__all__:
         assert hasattr(gatedprune, name)
+
+
+def test_signatures_on_the_page_are_those_of_the_functions() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^### `(\w+)`\n`\1\((.*?)\)`", page, re.MULTILINE | re.DOTALL)
+    assert len(shown) >= 14
+    for name, text in shown:
+        value = getattr(gatedprune, name)
+        real = inspect.signature(getattr(value, name, value)).parameters  # `compare` is a package as well
+        arguments = ast.parse(f"def f({text}): pass").body[0].args  # type: ignore[attr-defined]
+        given = {a.arg for a in (*arguments.args, *arguments.kwonlyargs, arguments.kwarg) if a}
+        options = {n for n, p in real.items() if p.kind is p.VAR_KEYWORD} if name == "wrap" else set()
+        allowed = {field.name for field in dataclasses.fields(gatedprune.GateConfig)} if options else set()
+        assert given - allowed == set(real) - options - allowed, f"docs/api.md: {name}({text})"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import configparser
 import importlib.metadata
+import os
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -82,9 +87,54 @@ def test_wheel_holds_the_library_and_no_tests(root: Path, monkeypatch: pytest.Mo
     assert {Path(name).suffix for name in outputs} == {".py", ".typed", ".cpp", ".h", ".inl"}
 
 
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the checkout, unpacked: what pip would install."""
+    pytest.importorskip("setuptools.build_meta", reason="needs setuptools to build a wheel")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "*.egg-info", "runs", "kitti_demo")
+    shutil.copytree(root, source, ignore=ignored, dirs_exist_ok=True)
+    command = f"from setuptools import build_meta; print(build_meta.build_wheel({str(out)!r}))"
+    built = subprocess.run([sys.executable, "-c", command], cwd=source, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (file,) = out.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(out / "site")
+    return out / "site"
+
+
+def test_the_wheel_has_one_top_level_name_and_no_tests_or_data(wheel: Path) -> None:
+    info = f"gatedprune-{gatedprune.__version__}.dist-info"
+    assert {entry.name for entry in wheel.iterdir()} == {"gatedprune", info}
+    assert (wheel / info / "top_level.txt").read_text().split() == ["gatedprune"]
+    files = [file.relative_to(wheel) for file in (wheel / "gatedprune").rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".py", ".typed", ".cpp", ".h", ".inl"}
+    assert not [file for file in files if file.name.startswith(("test_", "conftest"))]
+    assert sum((wheel / file).stat().st_size for file in files) < 3_000_000
+    assert "gatedprune = gatedprune.cli:main" in (wheel / info / "entry_points.txt").read_text()
+
+
+def test_every_module_of_the_wheel_can_be_imported_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """All of them in one new interpreter; the libraries that they need are those of the tests."""
+    code = """
+import importlib, pkgutil, gatedprune
+for module in pkgutil.walk_packages(gatedprune.__path__, "gatedprune."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+        print(module.name)
+print(gatedprune.__file__)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *modules, file = done.stdout.split()
+    assert Path(file).is_relative_to(wheel)
+    assert {"gatedprune.adapters.depth.model", "gatedprune.examples.kitti.demo", "gatedprune.cli"} <= set(modules)
+
+
 def test_extras_are_what_the_docs_promise(config: configparser.ConfigParser) -> None:
     extras = {name: lines(text) for name, text in config["options.extras_require"].items()}
-    assert set(extras) == {"compare", "bench", "export", "train", "kitti", "test", "dev"}
+    assert set(extras) == {"compare", "bench", "export", "train", "kitti", "docs", "test", "dev"}
     assert "gatedprune[compare]" in extras["kitti"]
     assert {"gatedprune[kitti]", "gatedprune[train]"} <= set(extras["test"])
     assert "gatedprune[test]" in extras["dev"]
@@ -99,3 +149,14 @@ def test_constraints_cover_every_direct_dependency(root: Path, config: configpar
     pinned = set(re.findall(r"^([a-z_-]+)==", text, re.MULTILINE))
     assert names <= pinned
     assert "nvidia" not in " ".join(pinned)
+
+
+def test_the_oldest_versions_are_those_that_setup_cfg_allows(root: Path, config: configparser.ConfigParser) -> None:
+    """`make tests-oldest` tests what setup.cfg promises."""
+    pinned = dict(re.findall(r"^(\w+)==(\S+)$", (root / "constraints-oldest.txt").read_text("utf-8"), re.MULTILINE))
+    required = lines(config["options"]["install_requires"])
+    allowed = dict(line.split(">=") for line in required if line.startswith(("torch>=", "timm>=")))
+    assert {name: tuple(map(int, version.split("."))) for name, version in pinned.items() if name in allowed} == {
+        name: tuple(map(int, (version + ".0.0").split(".")[:3])) for name, version in allowed.items()
+    }
+    assert set(pinned) == {"torch", "torchvision", "timm"}

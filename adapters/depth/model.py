@@ -36,8 +36,9 @@ class DepthModel(nn.Module):
         decoder_channels: output channels of the decoder's stages, coarsest first; or one number: the first
             stage's width, which then halves at each stage down to 16. Five stages for a backbone whose maps
             have strides 2, 4, 8, 16 and 32.
-        min_depth, max_depth: bounds of the output in metres. The head is a sigmoid on the logarithm of depth
-            between them, so an untrained model starts at their geometric mean.
+        min_depth: lower bound of the output in metres.
+        max_depth: upper bound. The head is a sigmoid on the logarithm of depth between the two, so an untrained
+            model starts at their geometric mean.
         backbone_options: further keywords of `timm.create_model`, e.g. `{"img_size": (224, 320)}`.
 
     Raises:

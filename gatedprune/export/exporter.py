@@ -164,7 +164,8 @@ def _program(fast: CompactModel, args: tuple[Any, ...], batch: int | None, forma
     _own_memory(graph)
     shapes = None
     if batch is None:
-        samples = torch.export.Dim("batch", min=1)
+        # Without a largest number, torch 2.6 cannot rule out that a batch is as long as an open slice ends, 2⁶³ − 1.
+        samples = torch.export.Dim("batch", min=1, max=2**31 - 1)
         shapes = tuple({0: samples} if isinstance(a, Tensor) and a.dim() else None for a in args)
     try:
         with torch.no_grad():

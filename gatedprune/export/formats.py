@@ -65,13 +65,18 @@ def _write_onnx(program: Program, args: tuple[Any, ...], path: str) -> None:
     if size > _LARGEST_ONNX:
         raise ExportError(f"The model has {size / 2**30:.1f} GiB of weights; an ONNX file holds 2. Use 'torch-export'.")
     tensors = [a for a in args if isinstance(a, Tensor)]
-    names = ["input"] if len(tensors) == 1 else [f"input{i}" for i in range(len(tensors))]
+    inputs, outputs = _numbered("input", len(tensors)), _numbered("output", len(program.graph_signature.user_outputs))
     shapes = tuple({0: "batch"} if isinstance(a, Tensor) and a.dim() else None for a in args)  # names only
     with _quiet():
-        made = torch.onnx.export(program, args, dynamo=True, verbose=False, input_names=names, dynamic_shapes=shapes,
+        made = torch.onnx.export(program, args, dynamo=True, verbose=False, input_names=inputs, output_names=outputs,
+                                 dynamic_shapes=shapes,
                                  custom_translation_table={torch.ops.aten.sort.stable: sort})  # fmt: skip
         assert made is not None
         made.save(path)
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [name] if count == 1 else [f"{name}{i}" for i in range(count)]
 
 
 def _read_onnx(path: str) -> Runner:

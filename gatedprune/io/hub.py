@@ -35,7 +35,8 @@ def push_to_hub(gated: nn.Module, repo_id: str, *, model_args: Mapping[str, Any]
     """Upload what `save` writes to a model repository of the Hugging Face hub; made where it does not exist.
 
     Args:
-        gated, model_args: As in `save`.
+        gated: As in `save`.
+        model_args: As in `save`.
         repo_id: "user/name".
         private: Make a new repository private.
         token: Of the hub; default: the one that was logged in with.
@@ -73,7 +74,9 @@ def from_pretrained(repo_id_or_dir: str | os.PathLike[str], model: nn.Module | N
 
     Args:
         repo_id_or_dir: A folder if there is one of that name, else "user/name".
-        model, example_inputs, device: As in `load`.
+        model: As in `load`.
+        example_inputs: As in `load`.
+        device: As in `load`.
         **download: For `huggingface_hub.snapshot_download`: ``revision``, ``token``, ``cache_dir``, …
 
     Raises:

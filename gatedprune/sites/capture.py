@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -122,7 +123,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
     if dynamic_batch:
         shapes = tuple({0: torch.export.Dim.AUTO} if isinstance(a, Tensor) and a.dim() else None for a in args)
     try:
-        with _unchanged(model), evaluating(model), suspended(model), torch.no_grad():
+        with _unchanged(model), evaluating(model), suspended(model), torch.no_grad(), warnings.catch_warnings():
+            # Of caches that a forward pass fills (attention biases, position grids): `_unchanged` takes them out again.
+            warnings.filterwarnings("ignore", "The tensor attributes? ", UserWarning)
             program = torch.export.export(model, args, dynamic_shapes=shapes)
     except Exception as error:
         raise ModelError(

@@ -164,6 +164,21 @@ def test_a_handful_of_outputs_is_not_refused_by_luck(seed: int) -> None:
     assert check_equality(gated.eval(), gatedprune.compact(gated, images), (images,)).green
 
 
+def test_one_unlucky_input_is_tried_on_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(IMAGES)
+    gated = trained(Small(), images)
+    errors, inputs = [1.0], []  # the compact model's, on the first input alone
+
+    def rms(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+        inputs.append(len(found))
+        return errors.pop() if errors else 1e-7
+
+    monkeypatch.setattr(equality, "_rms", rms)
+    monkeypatch.setattr(equality, "ENOUGH_VALUES", 1)
+    assert check_equality(gated, gatedprune.compact(gated, images), (images,)).green
+    assert inputs == [1, 1, 2, 2]
+
+
 def test_nothing_is_timed_on_a_red_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randn(IMAGES)
     gated = trained(Small(), images)

@@ -114,6 +114,7 @@ def test_onnx_runtime_gives_the_same_numbers(case: str, batch: int | None, tmp_p
     assert os.listdir(tmp_path) == ["m.onnx"]
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == [batch or "batch", 3, SIZE, SIZE]
+    assert [value.name for value in session.get_outputs()] == ["output"]
 
     def run(x: Tensor) -> list[Tensor]:
         parts = [x] if batch is None else x.split(batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,12 @@ def test_what_a_model_has_cached_stays() -> None:
     assert model.cache is cache
     assert list(model.cache) == ["twice"]
     assert model.cache["twice"] is value
+
+
+def test_caches_are_filled_in_silence() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        capture(Caching().eval(), (IMAGES,))
 
 
 class Shared(nn.Module):
