@@ -21,8 +21,8 @@ from ..measure import count_macs, measure_latency
 from ..measure.environment import Environment, environment
 from ..measure.latency import Latency
 from ..wrapping import wrap
-from .comparison import write_json
 from .equality import check_equality
+from .result import write_json
 from .static import dense_copy, prune_static
 
 __all__ = ["RUNTIMES", "Benchmark", "Cell", "bench"]

@@ -18,6 +18,8 @@ from .inputs import as_arguments, first_tensor
 
 __all__ = ["Memory", "measure_memory"]
 
+_CALL = "gatedprune: the call whose memory is measured"
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -60,26 +62,33 @@ def measure_memory(model: Callable[..., Any], inputs: Tensor | tuple[Any, ...]) 
     arguments = as_arguments(inputs, "measure_memory()")
     device = first_tensor(arguments).device
     with evaluating(model) if isinstance(model, nn.Module) else _nothing(), torch.inference_mode():
-        model(*arguments)  # what is made once, in the first call, is not part of a call
-        weights = _weights(model) if isinstance(model, nn.Module) else 0
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            model(*arguments)
-            torch.cuda.synchronize(device)
-            return Memory(weights, torch.cuda.max_memory_allocated(device) - before)
-        return Memory(weights, _profiled(model, arguments))
+        working = (_cuda if device.type == "cuda" else _profiled)(model, arguments, device)
+    return Memory(_weights(model) if isinstance(model, nn.Module) else 0, working)
 
 
-def _profiled(model: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
-    """Bytes alive at the worst moment of a call on the CPU."""
-    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
-        result = model(*arguments)
-    results = seen.profiler.kineto_results  # type: ignore[union-attr]
-    events = [e for e in results.events() if e.name() == "[memory]"]
-    del result  # alive until here: it is part of the peak
-    alive = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+def _cuda(model: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> int:
+    model(*arguments)  # what is made once, in the first call, is not part of a call
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    model(*arguments)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _profiled(model: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> int:
+    """Bytes alive at the worst moment of the second of two calls on the CPU, above what was alive before it."""
+    with (
+        _quiet(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen,
+    ):
+        model(*arguments)  # what is made once; recorded, since the next call may release some of it
+        with torch.profiler.record_function(_CALL):
+            result = model(*arguments)
+            del result  # alive until here: part of the peak
+    events = sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    start = next(e.start_ns() for e in events if e.name() == _CALL)
+    alive = itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]" and e.start_ns() >= start)
     return max(alive, default=0)
 
 

@@ -7,5 +7,6 @@ predictors, `calibration` puts them into the gates; `oracle` chooses with hindsi
 from .calibration import Calibration, SiteFit, calibrate, held_out_r2
 from .contribution import Contributions
 from .oracle import OracleChoice
+from .usage import most_used
 
-__all__ = ["Calibration", "Contributions", "OracleChoice", "SiteFit", "calibrate", "held_out_r2"]
+__all__ = ["Calibration", "Contributions", "OracleChoice", "SiteFit", "calibrate", "held_out_r2", "most_used"]
