@@ -52,4 +52,4 @@ def most_used(gated: Any, batches: Iterable[Any]) -> tuple[dict[str, Tensor], di
     for name, gate in gated.gates.items():
         order = torch.sort(counts[name], descending=True, stable=True).indices
         kept[name] = order[: gate.active_count].sort().values
-    return kept, {name: (sums[name] / counts[name].clamp_min(1))[indices].float() for name, indices in kept.items()}
+    return kept, {name: (sums[name] / counts[name].clamp_min(1))[indices] for name, indices in kept.items()}
