@@ -44,6 +44,7 @@ __all__ = [
     "model_options",
     "printed",
     "size_option",
+    "written",
 ]
 
 Gating = Callable[[nn.Module, "torch.Tensor | None"], nn.Module]  # (model, example images) → gated model in eval mode
@@ -244,8 +245,6 @@ def explained(work: Callable[[], Any]) -> Any:
         return work()
     except (GatedPruneError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    except OSError as error:  # a result that cannot be written
-        raise click.ClickException(f"{error.filename or 'A file'} cannot be read or written: {error}") from error
 
 
 def dense(model: nn.Module) -> nn.Module:
@@ -260,8 +259,19 @@ def printed(result: Any, file: Path | None) -> None:
         click.echo(json.dumps(result.to_dict(), indent=2))
         return
     if file is not None:
-        result.to_json(file)
+        written(result.to_json, file)
     click.echo(str(result))
+
+
+def written(write: Callable[[Path], Any], path: Path) -> None:
+    """Call ``write`` with a path; where it cannot be written, a message and exit code 1."""
+    try:
+        write(path)
+    except OSError as error:
+        raise click.ClickException(
+            f"{path} cannot be written ({error.strerror or error}). Nothing was changed. Give a file in a folder that "
+            "can be written to and has the room."
+        ) from error
 
 
 def image(model: nn.Module, size: tuple[int, int] | None) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from .common import (
     model_options,
     printed,
     size_option,
+    written,
 )
 
 __all__ = ["command"]
@@ -124,7 +125,7 @@ def command(model: Chosen, ratios: list[float] | None, data: Path | None, labels
         found = dataclasses.replace(found, notes=notes)
         for path, write in ((table, found.to_csv), (plot, found.plot)):
             if path is not None:
-                write(path)
+                written(write, path)
         printed(found, file)
 
     explained(work)

@@ -1,7 +1,8 @@
 """`python -m gatedprune.export.check`: one model of each of ten families, as ONNX, against PyTorch and against time.
 
-Each model is gated, its gates are moved so that they choose by the image, and it is exported. ONNX Runtime must then give PyTorch's numbers on inputs with different active sets (`export` checks that), and is timed against the
-dense and the statically pruned model in ONNX Runtime.
+Each model is gated, its gates are moved so that they choose by the image, and it is exported. ONNX Runtime must then
+give PyTorch's numbers on inputs with different active sets (`export` checks that), and is timed against the dense and
+the statically pruned model in ONNX Runtime.
 """
 
 from __future__ import annotations

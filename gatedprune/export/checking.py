@@ -53,7 +53,8 @@ def compare_file(runners: Mapping[str, Runner], fast: CompactModel, args: tuple[
             chosen[site].update(map(tuple, active.tolist()))
         for runtime, run in runners.items():
             file = f"{name} file, in {runtime}," if runtime else f"{name} file"
-            worst = max(worst, _difference(run, inputs, wanted, precise, file))
+            hint = " Try a fixed number of samples, such as batch=1." if batch is None else ""
+            worst = max(worst, _difference(run, inputs, wanted, precise, file, hint))
     if any_size and len(set(checked)) < 2:
         raise ExportError("The model takes no other image size: export it without any_size.")
     sets = max((len(s) for s in chosen.values() if s), default=1)
@@ -72,7 +73,8 @@ def _trials(args: tuple[Any, ...], batch: int | None, any_size: bool) -> Iterato
         ), batch or 2  # fmt: skip
 
 
-def _difference(run: Runner, inputs: tuple[Any, ...], wanted: list[Tensor], precise: list[Tensor], name: str) -> float:
+def _difference(run: Runner, inputs: tuple[Any, ...], wanted: list[Tensor], precise: list[Tensor], name: str,
+                hint: str) -> float:  # fmt: skip
     """Largest difference of a file's outputs to the compact model's, relative to the largest output."""
     try:
         found = run(*inputs)
@@ -80,7 +82,7 @@ def _difference(run: Runner, inputs: tuple[Any, ...], wanted: list[Tensor], prec
         raise
     except Exception as error:
         shapes = [tuple(a.shape) for a in inputs if isinstance(a, Tensor)]
-        raise ExportError(f"The {name} does not run on inputs of shape {shapes}: {first_line(error)}") from error
+        raise ExportError(f"The {name} does not run on inputs of shape {shapes}: {first_line(error)}{hint}") from error
     shapes = [[tuple(y.shape) for y in ys] for ys in (found, wanted)]  # type: ignore[misc]
     if shapes[0] != shapes[1]:
         raise ExportError(f"The {name} returns tensors of shapes {shapes[0]}, the compact model {shapes[1]}.")

@@ -78,7 +78,7 @@ def _write_script(module: torch.nn.Module, args: tuple[Any, ...], path: str) -> 
 
 
 def _read_script(path: str) -> Runner:
-    with _quiet():
+    with _quiet():  # torch.jit is deprecated, and says so
         module = torch.jit.load(path, map_location="cpu")
 
     def run(*args: Any) -> list[Tensor]:

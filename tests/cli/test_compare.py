@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable
@@ -14,11 +15,28 @@ from click.testing import Result
 
 import gatedprune
 from gatedprune.cli.compare import Accuracy
+from gatedprune.compare import Comparison
 from gatedprune.data import read_images
 from gatedprune.errors import DataError
 
 pytest.importorskip("torch_pruning", reason="needs the extra compare")
 Run = Callable[..., Result]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Stands for a comparison that took an hour."""
+
+    notes: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    rows: tuple[object, ...] = ()
+
+    to_csv = Comparison.to_csv
+    to_json = Comparison.to_json
+    plot = Comparison.plot
+
+    def to_dict(self) -> dict:
+        return {"rows": []}
 
 
 def test_the_table_and_the_files(run: Run, saved: Path, images: Path, tmp_path: Path) -> None:
@@ -64,12 +82,12 @@ def test_accuracy_counts_labels_and_agreement(images: Path) -> None:
     dense = measure(model)
     with torch.no_grad():
         said = torch.cat([model(x) for x in data]).argmax(1)
-    assert dense == {"top1 %": 100 * float((said == data.labels).float().mean()), "as dense %": 100.0}
+    assert dense == {"top1 %": 100 * float((said == data.labels).double().mean()), "as dense %": 100.0}
     with torch.no_grad():
         model[2].weight.neg_()
         model[2].bias.neg_()
     other = torch.cat([model(x) for x in data]).argmax(1)
-    assert measure(model)["as dense %"] == pytest.approx(100 * float((said == other).float().mean())) != 100.0
+    assert measure(model)["as dense %"] == pytest.approx(100 * float((said == other).double().mean())) != 100.0
     with pytest.raises(DataError, match="gives no logits"):
         measure(torch.nn.Identity())
 
@@ -82,8 +100,7 @@ def test_accuracy_counts_labels_and_agreement(images: Path) -> None:
         (["--static", "luck"], 2, "'luck' is not one of"),
         (["--static", "taylor"], 1, "'taylor' of static pruning needs data"),
         (["--data", "nowhere"], 1, "nowhere is not there"),
-        (["--repeats", "1", "--no-combined", "--csv", "{file}/r.csv"], 1, "r.csv cannot be read or written"),
-        (["--repeats", "1", "--no-combined", "--json", "{file}/r.json"], 1, "r.json cannot be read or written"),
+        (["--repeats", "1", "--no-combined", "--csv", "{file}/r.csv"], 1, "r.csv cannot be written"),
     ],
 )
 def test_what_is_wrong(run: Run, tmp_path: Path, arguments: list[str], code: int, why: str) -> None:
@@ -92,6 +109,21 @@ def test_what_is_wrong(run: Run, tmp_path: Path, arguments: list[str], code: int
     assert result.exit_code == code, result.output
     assert why in " ".join(result.output.replace("│", " ").split())
     assert [f.name for f in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["--csv", "--json"])
+def test_a_full_disk_leaves_what_was_there(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                           option: str) -> None:  # fmt: skip
+    def full(self: object, *args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "result"
+    target.write_text("mine")
+    monkeypatch.setattr(gatedprune.compare, "compare", lambda *a, **k: Found())
+    monkeypatch.setattr("os.fsync", full)
+    result = run("compare", "test_resnet", option, target)
+    assert result.exit_code == 1 and f"{target} cannot be written (No space left on device)" in result.output
+    assert target.read_text() == "mine" and [f.name for f in tmp_path.iterdir()] == ["result"]
 
 
 def test_rankings_are_those_of_the_library() -> None:

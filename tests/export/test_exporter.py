@@ -97,14 +97,22 @@ def test_a_torch_export_program_takes_any_batch(tmp_path: Path) -> None:
     assert_as_compact(lambda x: [module(x)], gated, (1, 2, 5))
 
 
-@pytest.mark.parametrize("case", ["resnet", "vit"])
-def test_torchscript_takes_any_batch(case: str, tmp_path: Path) -> None:
-    gated = gated_model(case)
+def test_torchscript_takes_any_batch(tmp_path: Path) -> None:
+    gated = gated_model("resnet")
     made = gatedprune.export(gated, tmp_path / "m.pt", "torchscript")
     assert made.active_sets is not None and made.active_sets > 1
     module = torch.jit.load(tmp_path / "m.pt")
     with torch.no_grad():
         assert_as_compact(lambda x: [module(x)], gated, (1, 2, 5))
+
+
+def test_torchscript_of_views_takes_a_fixed_batch(tmp_path: Path) -> None:
+    gated = gated_model("vit")
+    with pytest.raises(ExportError, match="torchscript file does not run on inputs .*such as batch=1"):
+        gatedprune.export(gated, tmp_path / "m.pt", "torchscript")
+    assert not os.listdir(tmp_path)
+    made = gatedprune.export(gated, tmp_path / "m.pt", "torchscript", batch=2)
+    assert made.batch == 2 and made.active_sets is not None and made.active_sets > 1
 
 
 @pytest.mark.parametrize(("format", "batch"), [("torch-export", None), ("torchscript", 1)])
