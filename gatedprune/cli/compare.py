@@ -19,7 +19,6 @@ from .common import (
     Chosen,
     Numbers,
     data_option,
-    dense,
     explained,
     image,
     json_option,
@@ -34,7 +33,6 @@ from .common import (
 __all__ = ["command"]
 
 _STATIC = ("magnitude-l2", "magnitude-l1", "batch-norm", "random", "taylor", "activation")  # compare.RANKINGS, unloaded
-_NEED_DATA = ("taylor", "activation")
 
 
 class Accuracy:
@@ -134,11 +132,14 @@ def command(model: Chosen, ratios: list[float] | None, data: Path | None, labels
 def _gating(network: nn.Module, ratios: list[float] | None, gating: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """The model, and the options of `gatedprune.compare` that say how it is gated."""
     given = [name for name, value in gating.items() if value]
-    if is_gated(network) and not given:
+    if is_gated(network):
+        if given:
+            raise click.UsageError(
+                f"--{', --'.join(given)}: for a model without gates. The gates of a saved model stay; give --ratio."
+            )
         return network, {"ratio": ratios}
     if ratios is not None and gating["macs"] is not None:
         raise click.UsageError("Give either --ratio or --macs.")
-    config = (
-        GateConfig(**gating) if gating["macs"] is not None else GateConfig(**{**gating, "ratio": (ratios or [0.5])[0]})
-    )
-    return dense(network), {"config": config, "ratio": ratios if ratios and len(ratios) > 1 else None}
+    first = None if gating["macs"] is not None else (ratios or [0.5])[0]
+    config = GateConfig(**{**gating, "ratio": first})
+    return network, {"config": config, "ratio": ratios if ratios and len(ratios) > 1 else None}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import GateConfig
+from ..config import GateConfig, check_ratio
 from ..engine import compact
 from ..errors import ConfigError, DataError, ModelError
 from ..measure import count_macs, count_parameters, environment, measure_latency, measure_memory
@@ -169,7 +169,7 @@ class _Table:
             costs = {key: self._rows[twin][key] for key in ("macs", "memory")}
         self._rows[name] = {
             **costs, "kind": kind, "ratio": self._ratio, "shapes": shapes,
-            "parameters": count_parameters(counted or model), "metrics": _metrics(self.evaluate, model), **more,
+            "parameters": count_parameters(model if counted is None else counted), "metrics": _metrics(self.evaluate, model), **more,
         }  # fmt: skip
 
     def add_static(self, ranking: str, prune: Callable[[], StaticResult]) -> None:
@@ -227,7 +227,7 @@ def _add_combined(table: _Table, gated: GatedModel, pruner: Pruner, inputs: tupl
 
 def _gated(model: nn.Module, inputs: tuple[Any, ...], ratio: Any, config: GateConfig | None) -> tuple[Any, list[Any]]:
     """A gated copy, and the ratios to set one after the other; [None]: as it is."""
-    several = list(ratio) if isinstance(ratio, Sequence) else None
+    several = [check_ratio(one, "compare()") for one in ratio] if isinstance(ratio, Sequence) else None
     if several is not None and not several:
         raise ConfigError("The `ratio` of compare() is an empty sequence: give at least one number.")
     if is_gated(model):

@@ -266,6 +266,16 @@ def test_several_rankings_ratios_and_dynamic_after_static() -> None:
     assert "static models of equal shapes are timed once" in found.notes
 
 
+def test_several_ratios_of_a_model_that_is_gated() -> None:
+    images = torch.randn(IMAGES)
+    gated = trained(Small(), images, ratio=0.25)
+    found = compare(gated, images, ratio=[0, 0.5], warmup=0, repeats=1)
+    assert [row.name for row in found.rows] == [
+        "dense", "static @ 0", "dynamic @ 0", "static @ 0.5", "dynamic @ 0.5"]  # fmt: skip
+    assert found["static @ 0"].macs.total == found["dense"].macs.total > found["static @ 0.5"].macs.total
+    assert {gate.ratio for gate in gated.gates.values()} == {0.25}
+
+
 def test_what_ranks_is_what_is_kept() -> None:
     """Activation: the channels of the largest mean contribution; Taylor: of the largest weight times gradient."""
     images = torch.randn(IMAGES)
@@ -307,6 +317,7 @@ def test_a_ranking_that_fails_is_left_out_and_named(monkeypatch: pytest.MonkeyPa
         ({"rankings": ["taylor"]}, "'taylor' of static pruning needs data"),
         ({"rankings": ["random"], "importance": lambda group: None}, "either `importance` or `rankings`"),
         ({"ratio": []}, "is an empty sequence"),
+        ({"ratio": [0.5, 1.0]}, r"`ratio` of compare\(\) must be a float in"),
     ],
 )
 def test_requests_that_make_no_sense(options: dict, why: str) -> None:
