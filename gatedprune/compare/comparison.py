@@ -169,7 +169,8 @@ class _Table:
             costs = {key: self._rows[twin][key] for key in ("macs", "memory")}
         self._rows[name] = {
             **costs, "kind": kind, "ratio": self._ratio, "shapes": shapes,
-            "parameters": count_parameters(model if counted is None else counted), "metrics": _metrics(self.evaluate, model), **more,
+            "parameters": count_parameters(model if counted is None else counted),
+            "metrics": _metrics(self.evaluate, model), **more,
         }  # fmt: skip
 
     def add_static(self, ranking: str, prune: Callable[[], StaticResult]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import gatedprune
+from gatedprune.engine import native
 
 
 def gated_model(name: str) -> tuple[Any, Tensor]:
@@ -38,7 +39,7 @@ def test_without_a_graph_break(name: str, backend: str, kind: str) -> None:
     gated, x = gated_model(name)
     if kind == "native":
         pytest.importorskip("ninja", reason="the native engine is built with ninja")
-        if not gatedprune.engine.native.load():
+        if not native.load():
             pytest.skip("the native engine cannot be built here")
     assert_compiles(gated if kind == "masked" else gatedprune.compact(gated, x, backend=kind), x, backend)
 
