@@ -30,7 +30,14 @@ _SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt"}
 
 @click.command("export")
 @model_options
-@click.option("--format", "form", type=click.Choice(list(_SUFFIXES)), default="onnx", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(list(_SUFFIXES)),
+    default="onnx",
+    show_default=True,
+    help="What to write: for ONNX Runtime and others, for PyTorch, or for libtorch.",
+)
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
