@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from .._version import __version__
-from . import bench, compare, export, finetune, inspect, usage
+from . import bench, calibrate, compare, export, finetune, inspect, usage
 
 __all__ = ["main"]
 
@@ -24,6 +24,7 @@ def main() -> None:
       gatedprune inspect mypackage.models:build       a model of your own: what build() returns
       gatedprune compare resnet18 --ratio 0.5         dense, static and dynamic: MACs, parameters, ms
       gatedprune bench resnet50 --ratio 0.3,0.5       the same over ratios, sizes, batches and threads, as a plot
+      gatedprune calibrate resnet50 --pretrained --data images/ --ratio 0.3 --output my_model
       gatedprune export my_model                      a saved model as an ONNX file, gates included
       gatedprune finetune resnet18 --data flowers --output runs/a      train gates on a folder of images, resumable
       gatedprune usage my_model --images photos       which channels win, how often, for which classes
@@ -33,6 +34,7 @@ def main() -> None:
 main.add_command(inspect.command)
 main.add_command(compare.command)
 main.add_command(bench.command)
+main.add_command(calibrate.command)
 main.add_command(export.command)
 main.add_command(finetune.command)
 main.add_command(usage.command)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import torch
 
-from .common import Build, Numbers, Size, dense, explained, image, json_option, model_argument, printed
+from .common import Build, Numbers, Size, dense, explained, image, json_option, model_argument, printed, written
 
 __all__ = ["command"]
 
@@ -77,5 +77,5 @@ def command(model: Build, sizes: tuple[tuple[int, int], ...], ratios: list[float
         raise click.ClickException("--plot needs matplotlib: pip install 'gatedprune[bench]'.")
     result = explained(work)
     if plot is not None:
-        result.plot(plot)
+        written(result.plot, plot)
     printed(result, file)

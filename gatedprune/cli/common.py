@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,80 @@ import timm
 import torch
 from torch import nn
 
+from ..config import GateConfig
 from ..errors import GatedPruneError
-from ..io import is_saved, load
+from ..io import is_saved, load, load_weights
+from ..io import pretrained as load_pretrained
 from ..sites import normalise_inputs
-from ..wrapping import is_gated, unwrap
+from ..wrapping import is_gated, unwrap, wrap
 
-__all__ = ["Build", "Model", "Numbers", "Size", "dense", "explained", "image", "json_option", "model_argument",
-           "printed", "size_option"]  # fmt: skip
+__all__ = [
+    "Build",
+    "Chosen",
+    "Gating",
+    "Model",
+    "Numbers",
+    "Size",
+    "batch_option",
+    "data_option",
+    "dense",
+    "explained",
+    "gate_options",
+    "image",
+    "json_option",
+    "labels_option",
+    "limit_option",
+    "model_argument",
+    "model_options",
+    "printed",
+    "size_option",
+    "written",
+]
 
-Build = Callable[[str, "tuple[int, int] | None"], nn.Module]  # (device, size in pixels) → model in eval mode
+Gating = Callable[[nn.Module, "torch.Tensor | None"], nn.Module]  # (model, example images) → gated model in eval mode
+
+
+@dataclass(frozen=True)
+class Build:
+    """MODEL: call it with a device, a size in pixels, and options of `timm.create_model`; a model in eval mode."""
+
+    text: str
+    kind: str  # "timm", "own" or "saved" (then gated)
+    make: Callable[..., nn.Module]
+
+    def __call__(self, device: str, size: tuple[int, int] | None, **options: Any) -> nn.Module:
+        if options and self.kind != "timm":
+            names = ", ".join("--" + name.replace("_", "-") for name in options)
+            raise click.UsageError(f"{names}: only for a name that timm knows, which {self.text} is not.")
+        return self.make(device, size, **options)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """MODEL and its weights: call it with a size in pixels; gives a model in eval mode."""
+
+    build: Build
+    weights: Path | None
+    options: dict[str, Any]
+
+    @property
+    def random(self) -> bool:
+        """Whether nobody gave it weights."""
+        return self.build.kind == "timm" and self.weights is None and not self.options.get("pretrained")
+
+    def __call__(self, size: tuple[int, int] | None) -> nn.Module:
+        if self.options.get("pretrained") and self.weights is not None:
+            raise click.UsageError("Give either --weights or --pretrained.")
+        if self.weights is not None and self.build.kind == "saved":
+            raise click.UsageError(f"--weights: {self.build.text} is a saved model, which has its weights.")
+        torch.manual_seed(0)
+        network = self.build("cpu", size, **self.options)
+        return network if self.weights is None else load_weights(network, self.weights)
+
+    def warn(self) -> None:
+        """Say so on stderr where weights are random and accuracies will be too."""
+        if self.random:
+            click.echo(f"{self.build.text} has random weights: give --weights or --pretrained.", err=True)
 
 
 class Size(click.ParamType):
@@ -37,31 +104,34 @@ class Size(click.ParamType):
 
 
 class Model(click.ParamType):
-    """A function (device, size) → model, from a timm name, ``module:callable`` or a saved folder (then gated)."""
+    """A `Build`, from a timm name, ``module:callable`` or a saved folder."""
 
     name = "MODEL"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Build:
+        if isinstance(value, Build):
+            return value
         if is_saved(value):
-            return lambda device, size: load(value)
+            return Build(value, "saved", lambda device, size: load(value))
         if ":" in value:
-            return self._imported(value, param, ctx)
+            return Build(value, "own", self._imported(value, param, ctx))
         if value.split(".")[0] not in timm.list_models():
             near = difflib.get_close_matches(value, timm.list_models(), n=3, cutoff=0.5)
             hint = f" Did you mean {', '.join(near)}?" if near else ""
             self.fail(f"timm {timm.__version__} has no model {value!r}.{hint} "
                       "Name your own as module:callable, a saved one by its folder.", param, ctx)  # fmt: skip
 
-        def build(device: str, size: tuple[int, int] | None) -> nn.Module:
-            options: dict[str, Any] = {}
+        def build(device: str, size: tuple[int, int] | None, pretrained: bool = False, **options: Any) -> nn.Module:
             if size is not None and timm.get_pretrained_cfg(value).fixed_input_size:
                 options["img_size"] = size
+            if pretrained:
+                return load_pretrained(value, **options)
             with torch.device(device):
                 return timm.create_model(value, pretrained=False, **options).eval()
 
-        return build
+        return Build(value, "timm", build)
 
-    def _imported(self, value: str, param: Any, ctx: Any) -> Build:
+    def _imported(self, value: str, param: Any, ctx: Any) -> Callable[..., nn.Module]:
         module, _, name = value.partition(":")
         if "" not in sys.path:
             sys.path.insert(0, "")  # as `python -m` has it: modules in the current folder count
@@ -103,6 +173,7 @@ class Numbers(click.ParamType):
 
 
 model_argument = click.argument("model", type=Model())
+_FILE: Any = click.Path(dir_okay=False, path_type=Path)
 size_option = click.option("--size", type=Size(), help="Image size in pixels; default: the one timm configures.")
 json_option = click.option(
     "--json",
@@ -110,6 +181,62 @@ json_option = click.option(
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     help="Write all of it to a file; with -, print it instead of the table.",
 )
+batch_option = click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images in a batch.")
+labels_option = click.option("--labels", type=_FILE, help="CSV with the columns file and class_index.")
+limit_option = click.option("--limit", type=click.IntRange(1), help="Take this many images, evenly spread.")
+
+
+def data_option(*names: str, help: str, required: bool = False) -> Any:
+    """An option for a folder or a tar of images."""
+    return click.option(*names, type=click.Path(path_type=Path), required=required, metavar="DIR|TAR", help=help)
+
+
+def model_options(command: Callable[..., Any]) -> Any:
+    """MODEL, --weights, --pretrained and --num-classes; the command gets ``model``, a `Chosen`."""
+
+    @model_argument
+    @click.option("--weights", type=_FILE, help="Load this checkpoint: .safetensors, or a state dict of torch.save.")
+    @click.option("--pretrained", is_flag=True, help="Load timm's weights, from the Hugging Face hub.")
+    @click.option("--num-classes", type=click.IntRange(0), help="Classes of the head.  [default: timm's]")
+    @functools.wraps(command)
+    def with_model(model: Build, weights: Path | None, pretrained: bool, num_classes: int | None, **rest: Any) -> Any:
+        options: dict[str, Any] = {"pretrained": True} if pretrained else {}
+        if num_classes is not None:
+            options["num_classes"] = num_classes
+        return command(model=Chosen(model, weights, options), **rest)
+
+    return with_model
+
+
+def gate_options(command: Callable[..., Any]) -> Any:
+    """The options of gating; the command gets ``gated``, a `Gating`."""
+
+    @click.option("--ratio", type=float, help="Share of suppressed channels at each site.  [default: 0.5, or as saved]")
+    @click.option("--macs", type=float, help="Instead: the share of the dense MACs that may be left.")
+    @click.option("--include", multiple=True, metavar="PATTERN", help="Gate only sites that fit; several times.")
+    @click.option("--exclude", multiple=True, metavar="PATTERN", help="Never gate sites that fit; several times.")
+    @click.option("--signed", is_flag=True, help="Gates look at means, not at means of absolute values.")
+    @functools.wraps(command)
+    def with_gates(ratio: float | None, macs: float | None, include: tuple[str, ...], exclude: tuple[str, ...],
+                   signed: bool, **rest: Any) -> Any:  # fmt: skip
+        def gated(network: nn.Module, images: torch.Tensor | None) -> nn.Module:
+            given = [n for n, v in (("macs", macs is not None), ("include", include), ("exclude", exclude),
+                                    ("signed", signed)) if v]  # fmt: skip
+            if not is_gated(network):
+                config = GateConfig(ratio=ratio, macs=macs, include=include, exclude=exclude, signed=signed)
+                new: nn.Module = wrap(network, config=config, example_inputs=images).eval()
+                return new
+            if given:
+                raise click.UsageError(
+                    f"--{', --'.join(given)}: for a model without gates. The gates of a saved model stay; give --ratio."
+                )
+            if ratio is not None:
+                network.set_ratio(ratio)  # type: ignore[operator]
+            return network
+
+        return command(gated=gated, **rest)
+
+    return with_gates
 
 
 def explained(work: Callable[[], Any]) -> Any:
@@ -132,8 +259,19 @@ def printed(result: Any, file: Path | None) -> None:
         click.echo(json.dumps(result.to_dict(), indent=2))
         return
     if file is not None:
-        result.to_json(file)
+        written(result.to_json, file)
     click.echo(str(result))
+
+
+def written(write: Callable[[Path], Any], path: Path) -> None:
+    """Call ``write`` with a path; where it cannot be written, a message and exit code 1."""
+    try:
+        write(path)
+    except OSError as error:
+        raise click.ClickException(
+            f"{path} cannot be written ({error.strerror or error}). Nothing was changed. Give a file in a folder that "
+            "can be written to and has the room."
+        ) from error
 
 
 def image(model: nn.Module, size: tuple[int, int] | None) -> tuple[int, ...]:

@@ -2,50 +2,144 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from torch import Tensor, nn
 
 from ..config import GateConfig
+from ..data import Images, read_images, top1
+from ..errors import DataError
 from ..wrapping import is_gated
-from .common import Build, dense, explained, image, json_option, model_argument, printed, size_option
+from .common import (
+    Chosen,
+    Numbers,
+    data_option,
+    explained,
+    image,
+    json_option,
+    labels_option,
+    limit_option,
+    model_options,
+    printed,
+    size_option,
+    written,
+)
 
 __all__ = ["command"]
 
+_STATIC = ("magnitude-l2", "magnitude-l1", "batch-norm", "random", "taylor", "activation")  # compare.RANKINGS, unloaded
+
+
+class Accuracy:
+    """Top-1 where there are labels, and the share of images on which a model says what the first one, dense, said."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self.dense: Tensor | None = None
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        outputs = []
+        with torch.no_grad():
+            for batch in self.images:
+                logits = model(batch)
+                if not isinstance(logits, Tensor) or logits.dim() != 2:
+                    raise DataError("--data measures classifiers: this model gives no logits, (B, classes).")
+                outputs.append(logits)
+        logits = torch.cat(outputs)
+        found = {} if self.images.labels is None else {"top1 %": top1(logits, self.images.labels)}
+        if self.dense is None:
+            self.dense = logits.argmax(1)
+        return {**found, "as dense %": top1(logits, self.dense)}
+
 
 @click.command("compare")
-@model_argument
-@click.option("--ratio", type=float, help="Share of each site's channels that is suppressed.  [default: 0.5]")
+@model_options
+@click.option("--ratio", "ratios", type=Numbers(float, 0, 0.99), help="Shares of each site's channels that are "
+              "suppressed, such as 0.3,0.5.  [default: 0.5, or as saved]")  # fmt: skip
 @click.option("--macs", type=float, help="Instead: the share of the dense MACs that may be left.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Gate only sites that fit; several times.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Never gate sites that fit; several times.")
+@click.option("--signed", is_flag=True, help="Gates look at means, not at means of absolute values.")
+@data_option("--data", help="Images to measure the accuracy on.")
+@labels_option
+@data_option("--calibrate", help="Other images, to calibrate gates and rank channels on; labels are not used.")
+@limit_option
+@click.option("--static", "rankings", multiple=True, type=click.Choice(_STATIC), help="What ranks channels in a static "
+              "row; several times.  [default: magnitude-l2; with --calibrate: all]")  # fmt: skip
+@click.option("--combined/--no-combined", default=True, help="Also: half pruned statically, the rest gated.  [default: "
+              "combined]")  # fmt: skip
 @size_option
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in a batch.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in a call that is timed.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads for one operator.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that are timed.")
 @json_option
-def command(model: Build, ratio: float | None, macs: float | None, size: tuple[int, int] | None,
-            batch: int, threads: int, repeats: int, file: Path | None) -> None:  # fmt: skip
-    """Dense, static and dynamic side by side: MACs, parameters, milliseconds.
+@click.option("--csv", "table", type=click.Path(dir_okay=False, path_type=Path), help="Write a line for each row.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the Pareto plot to a .png, .svg or "
+              ".pdf: accuracy over MACs and over ms; without --data, ms over MACs.")  # fmt: skip
+def command(model: Chosen, ratios: list[float] | None, data: Path | None, labels: Path | None, calibrate: Path | None,
+            limit: int | None, rankings: tuple[str, ...], combined: bool, size: tuple[int, int] | None, batch: int,
+            threads: int, repeats: int, file: Path | None, table: Path | None, plot: Path | None,
+            **gating: Any) -> None:  # fmt: skip
+    """Dense, static, dynamic, and dynamic after static, at the same sites and with as many channels.
 
     \b
       gatedprune compare resnet18
-      gatedprune compare resnet50 --ratio 0.7 --size 192x640 --batch 4 --json result.json
-      gatedprune compare resnet50 --macs 0.5
+      gatedprune compare resnet50 --ratio 0.3,0.5,0.7 --size 192x640 --plot resnet50.svg
+      gatedprune compare resnet50 --macs 0.5 --batch 4 --json result.json --csv result.csv
+      gatedprune compare resnet50 --pretrained --data val/ --calibrate train/ --limit 500 --ratio 0.1,0.2,0.3
 
-    Weights are random: this shows cost, not accuracy. Needs the extra `compare` (torch-pruning and thop).
+    Accuracy needs --data: a folder or .tar with a folder for each class, or --labels; and weights. Without --calibrate
+    the gates choose as magnitude does, the same for all images. Needs the extra `compare` (torch-pruning, thop), a plot
+    the extra `bench`.
     """
     from ..compare import compare as run  # torch-pruning is optional
 
     def work() -> Any:
-        torch.manual_seed(0)
-        network = model("cpu", size)
-        images = torch.randn(batch, *image(network, size))
-        if is_gated(network) and macs is None:
-            if ratio is not None:
-                network.set_ratio(ratio)  # type: ignore[operator]
-            return run(network, images, threads=threads, repeats=repeats)
-        network, config = dense(network), GateConfig(ratio=ratio, macs=macs)
-        return run(network, images, config=config, threads=threads, repeats=repeats)
+        if plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise click.ClickException("--plot needs matplotlib: pip install 'gatedprune[bench]'.")
+        if data is not None or calibrate is not None:
+            model.warn()
+        network, options = _gating(model(size), ratios, gating)
+        read: dict[str, Any] = {"size": size, "limit": limit}
+        images = None if data is None else read_images(data, network, labels=labels, **read)
+        batches = None if calibrate is None else read_images(calibrate, network, **read)
+        chosen = rankings or (("magnitude-l2",) if batches is None else _STATIC)
+        found = run(
+            network, torch.randn(batch, *image(network, size)), **options,
+            evaluate=None if images is None else Accuracy(images), rankings=chosen, calibrate=batches,
+            combined=combined, threads=threads, repeats=repeats,
+            on_row=lambda name: click.echo(f"measuring: {name}", err=True),
+        )  # fmt: skip
+        notes = found.notes
+        if images is not None:
+            notes += (f"accuracy on {len(images.names)} images of {data}",)
+            if images.why:
+                notes += (f"no top-1, since {images.why}: give --labels",)
+        found = dataclasses.replace(found, notes=notes)
+        for path, write in ((table, found.to_csv), (plot, found.plot)):
+            if path is not None:
+                written(write, path)
+        printed(found, file)
 
-    printed(explained(work), file)
+    explained(work)
+
+
+def _gating(network: nn.Module, ratios: list[float] | None, gating: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and the options of `gatedprune.compare` that say how it is gated."""
+    given = [name for name, value in gating.items() if value]
+    if is_gated(network):
+        if given:
+            raise click.UsageError(
+                f"--{', --'.join(given)}: for a model without gates. The gates of a saved model stay; give --ratio."
+            )
+        return network, {"ratio": ratios}
+    if ratios is not None and gating["macs"] is not None:
+        raise click.UsageError("Give either --ratio or --macs.")
+    first = None if gating["macs"] is not None else (ratios or [0.5])[0]
+    config = GateConfig(**{**gating, "ratio": first})
+    return network, {"config": config, "ratio": ratios if ratios and len(ratios) > 1 else None}

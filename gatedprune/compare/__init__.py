@@ -4,10 +4,12 @@ import sys
 import types
 from typing import Any
 
-from .comparison import Comparison, Row, compare, compare_models
+from .comparison import compare, compare_models
+from .rankings import RANKINGS
+from .result import Comparison, Row
 from .static import StaticResult, prune_static
 
-__all__ = ["Comparison", "Row", "StaticResult", "compare", "compare_models", "prune_static"]
+__all__ = ["RANKINGS", "Comparison", "Row", "StaticResult", "compare", "compare_models", "prune_static"]
 
 
 class _Callable(types.ModuleType):

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from ..engine import compact
 from ..errors import ConfigError, ModelError
+from ..files import atomic_write
 from ..measure import count_macs, measure_latency
 from ..measure.environment import Environment, environment
 from ..measure.latency import Latency
 from ..wrapping import wrap
-from .comparison import write_json
 from .equality import check_equality
+from .result import write_json
 from .static import dense_copy, prune_static
 
 __all__ = ["RUNTIMES", "Benchmark", "Cell", "bench"]
@@ -153,7 +154,7 @@ class Benchmark:
             axes.set(xlabel="GMACs per image", ylabel="ms a call", xlim=(0, None), ylim=(0, None),
                      title=f"{self.model}, {size[0]}×{size[1]}, batch {batch}, threads {threads}")  # fmt: skip
             axes.legend()
-        figure.savefig(path)
+        atomic_write(path, figure.savefig)
 
 
 def bench(

@@ -1,169 +1,47 @@
-"""Dense, static and dynamic side by side: MACs, parameters, wall-clock time, and what the user measures."""
+"""Dense, static and dynamic side by side: MACs, parameters, wall-clock time, memory, and what the user measures."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import GateConfig
+from ..config import GateConfig, check_ratio
 from ..engine import compact
-from ..errors import ConfigError, DataError
-from ..measure import (
-    Environment,
-    Latency,
-    MacCount,
-    count_macs,
-    count_parameters,
-    environment,
-    measure_latency,
-)
+from ..errors import ConfigError, DataError, ModelError
+from ..measure import count_macs, count_parameters, environment, measure_latency, measure_memory
 from ..sites import evaluating, normalise_inputs
+from ..training import calibrate as fit_gates
 from ..wrapping import GatedModel, is_gated, wrap
+from .combined import gate_after_static
 from .equality import Equality, check_equality
-from .static import dense_copy, prune_static
+from .rankings import Pruner, check_ranking
+from .result import Comparison, Row
+from .static import StaticResult, dense_copy, prune_static
 from .surgery import Importance
 
-__all__ = ["Comparison", "Row", "compare", "compare_models"]
+__all__ = ["compare", "compare_models"]
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model of a comparison.
-
-    Args:
-        name: "dense", "static" or "dynamic".
-        macs: MACs per sample that are really executed, by layer.
-        parameters: Numbers in the model's parameters; of the dynamic model, those of all channels and its
-            gates.
-        latency: Time of one call on the whole batch.
-        metrics: What the `evaluate` function returned.
-    """
-
-    name: str
-    macs: MacCount
-    parameters: int
-    latency: Latency
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` returns; prints as a table.
-
-    Args:
-        rows: Dense, static and dynamic, in this order.
-        equality: Compact against masked, as checked before the timing.
-        active: Site name → (k, C): how many channels are kept, of how many.
-        dynamic_only: The gated sites on the residual stream, which static pruning leaves whole: torch-pruning
-            can only remove a channel of the stream from all of its producers at once.
-        inputs: Shapes of the example inputs.
-        environment: Machine, versions and commit.
-        notes: What else a reader must know.
-    """
-
-    rows: tuple[Row, ...]
-    equality: Equality
-    active: dict[str, tuple[int, int]]
-    dynamic_only: tuple[str, ...]
-    inputs: tuple[tuple[int, ...], ...]
-    environment: Environment
-    notes: tuple[str, ...] = ()
-
-    def __getitem__(self, name: str) -> Row:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"No row {name!r}. Rows: {', '.join(row.name for row in self.rows)}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return {**dataclasses.asdict(self), "equality": self.equality.to_dict()}
-
-    def to_json(self, path: str | Path) -> None:
-        """Write `to_dict` to a file, in one piece: a crash leaves the old file, or none."""
-        write_json(self.to_dict(), path)
-
-    def __str__(self) -> str:
-        dense = self.rows[0]
-        metrics = list(dict.fromkeys(name for row in self.rows for name in row.metrics))
-        table = [["", "MMACs", "predictors", "M params", "ms", "p20–p80", "MACs/dense", "ms/dense", *metrics]]
-        for row in self.rows:
-            latency = row.latency
-            table.append([
-                row.name,
-                f"{row.macs.total / 1e6:,.1f}",
-                f"{row.macs.predictors / 1e6:,.2f}" if row.macs.predictors else "–",
-                f"{row.parameters / 1e6:,.2f}",
-                f"{latency.median_ms:,.2f}",
-                f"{latency.p20_ms:,.2f}–{latency.p80_ms:,.2f}",
-                f"{row.macs.total / dense.macs.total:.2f}" if dense.macs.total else "–",
-                f"{latency.median_ms / dense.latency.median_ms:.2f}",
-                *(f"{row.metrics[name]:.4g}" if name in row.metrics else "–" for name in metrics),
-            ])  # fmt: skip
-        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                      for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
-            for line in table
-        ]  # fmt: skip
-        lines.insert(1, "─" * max(len(line) for line in lines))
-        return "\n".join([*lines, *self._footer()])
-
-    def _footer(self) -> list[str]:
-        latency = self.rows[0].latency
-        machine = self.environment.accelerator if latency.device != "cpu" else self.environment.processor
-        threads = f", {latency.threads} thread{'s' if latency.threads > 1 else ''}" if latency.device == "cpu" else ""
-        shapes = ", ".join("×".join(map(str, shape)) for shape in self.inputs)
-        kept, channels = (sum(pair[i] for pair in self.active.values()) for i in (0, 1))
-        lines = [
-            f"MACs per sample; ms a batch of {latency.batch}, median of {latency.repeats}, input {shapes}, "
-            f"{machine}{threads}, torch {self.environment.packages['torch']}",
-            f"{len(self.active)} sites keep {kept} of {channels} channels: static the same for all inputs, "
-            f"dynamic chosen for each; compact equals masked to {self.equality.float64:.0e} (float64)",
-        ]
-        if self.dynamic_only:
-            lines.append(f"{len(self.dynamic_only)} of them, on the residual stream, stay whole in the static model")
-        return [*lines, *self.notes]
-
-
-def write_json(value: dict[str, Any], path: str | Path) -> None:
-    """Write JSON in one piece: a crash leaves the old file, or none."""
-    target = Path(path)
-    descriptor, scratch = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(scratch, target)
-    except BaseException:
-        os.unlink(scratch)
-        raise
 
 
 def compare(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...],
     *,
-    ratio: float | Mapping[str, float] | None = None,
+    ratio: float | Mapping[str, float] | Sequence[float] | None = None,
     config: GateConfig | None = None,
     evaluate: Evaluate | None = None,
     importance: Importance | None = None,
+    rankings: Sequence[str] | None = None,
+    calibrate: Iterable[Any] | None = None,
+    combined: bool = False,
     threads: int | None = 1,
     warmup: int = 3,
     repeats: int = 20,
+    on_row: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Compare the dense model with its static and its dynamic pruning: same sites, same k, one table.
 
@@ -173,41 +51,54 @@ def compare(
     Args:
         model: A dense model, or one gated already (then its gates say sites and k). Stays as it is.
         example_inputs: What to count and time with: a tensor (B, …) or a tuple of arguments.
-        ratio: Share of channels suppressed, for a dense model; default 0.5.
+        ratio: Share of channels suppressed, for a dense model; default 0.5. A sequence: rows for each of them, also for
+            a model that is gated already.
         config: All options of gating, for a dense model, instead of `ratio`.
-        evaluate: Takes a model, returns named numbers, such as an accuracy; called once a row. The dynamic
-            row gets the compact model.
+        evaluate: Takes a model, returns named numbers, such as an accuracy; called once a row, for the dense model
+            first. The dynamic row gets the compact model.
         importance: What ranks channels for static pruning; see `prune_static`.
+        rankings: Instead: a static row for each of these names of `gatedprune.compare.RANKINGS`.
+        calibrate: Batches of a few hundred samples, as for `gatedprune.calibrate`: the gates are calibrated on them, at
+            each ratio, and rankings that need data take them. They are gone through several times.
+        combined: Also a row in which half of the suppressed channels are pruned statically first, and the rest is
+            gated.
         threads: Threads for one operator while timing; None: as they are.
         warmup: Rounds before timing starts.
         repeats: Rounds that are timed.
+        on_row: Called with the name of each row when its work begins, and with "time" at the end.
 
     Raises:
         ConfigError: An option is out of its domain, or is given for a model that is gated already.
         ModelError: No site was found, torch-pruning fails, or the compact model does not equal the masked
-            one: then nothing is timed.
+            one: then nothing is timed. With `rankings`, those that fail are left out, and a note says why.
         ImportError: torch-pruning or thop is not installed (`pip install gatedprune[compare]`).
     """
     inputs = _inputs(model, example_inputs)
-    gated = copy.deepcopy(model)
-    if is_gated(gated):
-        if ratio is not None or config is not None:
-            raise ConfigError(
-                "`ratio` and `config` of compare() are for dense models; this one is gated already. "
-                "Leave them out, or change the gates with model.set_ratio()."
-            )
-    else:
-        options: dict[str, Any] = {"config": config} if config is not None else {}
-        if ratio is not None or config is None:
-            options["ratio"] = 0.5 if ratio is None else ratio
-        gated = wrap(gated, example_inputs=inputs, **options)
-    static = prune_static(gated, importance=importance, example_inputs=inputs)
-    found = compare_models(
-        dense_copy(gated), static.model, gated, inputs,
-        evaluate=evaluate, threads=threads, warmup=warmup, repeats=repeats,
-    )  # fmt: skip
-    notes = (f"static: cut by gatedprune, batch norms folded, since {static.why}",) if static.why else ()
-    return dataclasses.replace(found, notes=notes)
+    _check(importance, rankings, calibrate)
+    gated, ratios = _gated(model, inputs, ratio, config)
+    pruner = Pruner(gated, inputs, calibrate)
+    table = _Table(inputs, evaluate, on_row)
+    table.add("dense", "dense", dense_copy(gated))
+    active: dict[str, tuple[int, int]] = {}
+    for one in ratios:
+        if one is not None:
+            gated.set_ratio(one)
+        active = active or {name: (gate.active_count, gate.channels) for name, gate in gated.gates.items()}
+        table.start(one if isinstance(one, float) else None, several=len(ratios) > 1)
+        if rankings is None:
+            table.add_static("", lambda: prune_static(gated, importance=importance, example_inputs=inputs))
+        for ranking in rankings or ():
+            table.add_static(ranking, lambda ranking=ranking: pruner(ranking))  # type: ignore[misc]
+        dynamic = copy.deepcopy(gated)
+        if calibrate is not None:
+            fit_gates(dynamic, calibrate)
+        table.add_dynamic("dynamic", dynamic)
+        if combined:
+            _add_combined(table, gated, pruner, inputs, calibrate)
+    if calibrate is not None:
+        table.notes.append("dynamic: gates calibrated, not trained; static: not fine-tuned")
+    rows = table.rows(threads, warmup, repeats)
+    return _comparison(gated, rows, active, inputs, table.notes)
 
 
 def compare_models(
@@ -237,29 +128,156 @@ def compare_models(
     if not isinstance(gated, GatedModel):
         raise ConfigError("`gated` of compare_models() has no gates: pass a model that gatedprune.wrap returned.")
     inputs = _inputs(gated, example_inputs)
-    fast = compact(gated, inputs)
-    equality = check_equality(gated, fast, inputs)
-    models = {"dense": dense, "static": static, "dynamic": fast}
-    parameters = {"dense": dense, "static": static, "dynamic": gated}
-    latency = measure_latency(models, inputs, threads=threads, warmup=warmup, repeats=repeats)
-    rows = tuple(
-        Row(
-            name=name,
-            macs=count_macs(model, inputs),
-            parameters=count_parameters(parameters[name]),
-            latency=latency[name],
-            metrics=_metrics(evaluate, model),
+    table = _Table(inputs, evaluate)
+    table.add("dense", "dense", dense)
+    table.add("static", "static", static)
+    table.add_dynamic("dynamic", gated)
+    active = {name: (gate.active_count, gate.channels) for name, gate in gated.gates.items()}
+    return _comparison(gated, table.rows(threads, warmup, repeats), active, inputs, table.notes)
+
+
+class _Table:
+    """Rows in the making: everything but time is measured as a model is added; time at the end, of all in turns."""
+
+    def __init__(self, inputs: tuple[Any, ...], evaluate: Evaluate | None,
+                 on_row: Callable[[str], None] | None = None) -> None:  # fmt: skip
+        self.inputs, self.evaluate, self.on_row = inputs, evaluate, on_row
+        self.notes: list[str] = []
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._timed: dict[str, nn.Module] = {}
+        self._like: dict[str, str] = {}  # row → the row of equal shapes that is timed in its place
+        self._ratio: float | None = None
+        self._suffix = ""
+
+    def start(self, ratio: float | None, several: bool) -> None:
+        """What follows is at this ratio."""
+        self._ratio, self._suffix = ratio, f" @ {ratio:g}" if several else ""
+
+    def add(self, name: str, kind: str, model: nn.Module, counted: nn.Module | None = None, **more: Any) -> None:
+        """``counted``: the model whose parameters count, where that is another."""
+        name += self._suffix
+        self.tell(name)
+        shapes = [(key, tuple(value.shape)) for key, value in model.state_dict().items()]
+        twin = next(
+            (n for n, row in self._rows.items() if kind == "static" == row["kind"] and row["shapes"] == shapes), None
         )
-        for name, model in models.items()
-    )
+        if twin is None:
+            self._timed[name] = model
+            costs = {"macs": count_macs(model, self.inputs), "memory": measure_memory(model, self.inputs)}
+        else:
+            self._like[name] = self._like.get(twin, twin)
+            costs = {key: self._rows[twin][key] for key in ("macs", "memory")}
+        self._rows[name] = {
+            **costs, "kind": kind, "ratio": self._ratio, "shapes": shapes,
+            "parameters": count_parameters(model if counted is None else counted),
+            "metrics": _metrics(self.evaluate, model), **more,
+        }  # fmt: skip
+
+    def add_static(self, ranking: str, prune: Callable[[], StaticResult]) -> None:
+        """With a ranking: leaves the row out where that cannot be pruned, and says so."""
+        name = f"static, {ranking}" if ranking else "static"
+        try:
+            result = prune()
+        except ModelError as error:
+            if not ranking:
+                raise
+            self.note(f"no row {name!r}: {error}")
+            return
+        if result.why:
+            self.note(f"{name}: cut by gatedprune, batch norms folded, since {result.why}")
+        self.add(name, "static", result.model, ranking=ranking)
+
+    def add_dynamic(self, name: str, gated: GatedModel, kind: str = "dynamic", **more: Any) -> None:
+        """Compacts the model, and adds it if it equals the masked one."""
+        fast = compact(gated, self.inputs)
+        equality = check_equality(gated, fast, self.inputs)
+        self.add(name, kind, fast, counted=gated, equality=equality, **more)
+
+    def tell(self, name: str) -> None:
+        """That work on this row begins."""
+        if self.on_row is not None:
+            self.on_row(name)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def rows(self, threads: int | None, warmup: int, repeats: int) -> tuple[Row, ...]:
+        self.tell("time")
+        latency = measure_latency(self._timed, self.inputs, threads=threads, warmup=warmup, repeats=repeats)
+        if self._like:
+            self.notes.append("static models of equal shapes are timed once")
+        rows = []
+        for name, row in self._rows.items():
+            kept = {key: value for key, value in row.items() if key != "shapes"}
+            rows.append(Row(name=name, latency=latency[self._like.get(name, name)], **kept))
+        return tuple(rows)
+
+
+def _add_combined(table: _Table, gated: GatedModel, pruner: Pruner, inputs: tuple[Any, ...], batches: Any) -> None:
+    ranking = "magnitude-l2" if batches is None else "activation"
+    try:
+        combined = gate_after_static(gated, lambda counts: pruner(ranking, counts), inputs)
+    except ModelError as error:
+        table.note(f"no row 'static, then dynamic': {error}")
+        return
+    if batches is not None:
+        fit_gates(combined, batches)
+    table.add_dynamic("static, then dynamic", combined, "static, then dynamic", ranking=ranking)
+
+
+def _gated(model: nn.Module, inputs: tuple[Any, ...], ratio: Any, config: GateConfig | None) -> tuple[Any, list[Any]]:
+    """A gated copy, and the ratios to set one after the other; [None]: as it is."""
+    several = [check_ratio(one, "compare()") for one in ratio] if isinstance(ratio, Sequence) else None
+    if several is not None and not several:
+        raise ConfigError("The `ratio` of compare() is an empty sequence: give at least one number.")
+    if is_gated(model):
+        if (ratio is not None and several is None) or config is not None:
+            raise ConfigError(
+                "`ratio` and `config` of compare() are for dense models; this one is gated already. "
+                "Leave them out, or change the gates with model.set_ratio()."
+            )
+        return copy.deepcopy(model), several or [None]
+    options: dict[str, Any] = {"config": config} if config is not None else {}
+    if config is None:
+        options["ratio"] = several[0] if several else 0.5 if ratio is None else ratio
+    elif ratio is not None and several is None:
+        options["ratio"] = ratio  # wrap() says that it is too much
+    gated = wrap(copy.deepcopy(model), example_inputs=inputs, **options)
+    single = gated.gate_config.ratio
+    return gated, several or ([single] if isinstance(single, float) else [None])
+
+
+def _comparison(gated: GatedModel, rows: tuple[Row, ...], active: dict[str, tuple[int, int]], inputs: tuple[Any, ...],
+                notes: list[str]) -> Comparison:  # fmt: skip
+    checked: list[Equality] = [row.equality for row in rows if row.equality is not None]
+    config = getattr(gated, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, dict) else None
     return Comparison(
         rows=rows,
-        equality=equality,
-        active={name: (gate.active_count, gate.channels) for name, gate in gated.gates.items()},
+        equality=max(checked, key=lambda e: e.float64),
+        active=active,
         dynamic_only=tuple(site.name for site in gated.gated_sites if site.kind != "inner"),
         inputs=tuple(tuple(value.shape) for value in inputs if isinstance(value, Tensor)),
         environment=environment(),
+        notes=tuple(notes),
+        model=str(name or gated._gatedprune_base.__name__),
     )
+
+
+def _check(importance: Any, rankings: Sequence[str] | None, batches: Any) -> None:
+    if rankings is not None:
+        if importance is not None:
+            raise ConfigError("Give compare() either `importance` or `rankings`.")
+        if isinstance(rankings, str):
+            raise ConfigError(f"`rankings` of compare() must be a sequence of names. Got {rankings!r}.")
+        for ranking in rankings:
+            check_ranking(ranking, batches)
+    if isinstance(batches, Iterator):
+        raise DataError(
+            "The `calibrate` batches of compare() are an iterator, which is used up after one pass: give a list or a "
+            "data loader."
+        )
 
 
 def _inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:

@@ -18,20 +18,22 @@ from .lowering import lower
 __all__ = ["FrozenModel", "freeze"]
 
 
-def freeze(gated: nn.Module, active: Mapping[str, Tensor], example_inputs: tuple[Any, ...]) -> FrozenModel:
+def freeze(gated: nn.Module, active: Mapping[str, Tensor], example_inputs: tuple[Any, ...],
+           gains: Mapping[str, Tensor] | None = None) -> FrozenModel:  # fmt: skip
     """A model whose sites hold fixed channels: ordinary layers with narrower weights and no gates.
 
     Args:
         gated: What `gatedprune.wrap` returned. Left as it is.
-        active: Site name → (k,) the channels that stay, int64, ascending. Sites not named stay whole. Gains are one.
+        active: Site name → (k,) the channels that stay, int64, ascending. Sites not named stay whole.
         example_inputs: Positional arguments to lower the model for at once; other sizes follow when they come.
+        gains: Site name → (k,) what those channels are multiplied by; None: one.
 
     Raises:
         ModelError: The model is not gated, or cannot be traced.
     """
     if not isinstance(gated, GatedModel):
         raise ModelError(f"freeze() takes a model that gatedprune.wrap() returned, not a {type(gated).__name__}.")
-    model = FrozenModel(gated, active)
+    model = FrozenModel(gated, active, gains)
     model.prepare(*example_inputs)
     return model
 
@@ -39,32 +41,37 @@ def freeze(gated: nn.Module, active: Mapping[str, Tensor], example_inputs: tuple
 class FrozenModel(CompactModel):
     """Computes the same channels for every input; made by `freeze`. Evaluation only: batch norms are folded."""
 
-    def __init__(self, gated: GatedModel, active: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, gated: GatedModel, active: Mapping[str, Tensor], gains: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__(gated, "torch")
         self.active = {name: indices.detach().cpu().clone() for name, indices in active.items()}
+        self.gains = {name: gain.detach().cpu().clone() for name, gain in (gains or {}).items()}
 
     def _settle(self, source: GatedModel) -> None:
         source.gate_modules.clear_matches()  # a static model is cut from the dense one
 
     def _graph(self, analysis: Any) -> fx.GraphModule:
-        gates = {}
-        for name in self.active:
+        gates, fixed = {}, {}
+        for name, indices in self.active.items():
             gates[name] = gate = self.gates[name]
-            # Of the copy that is this model's own.
-            gate.active_count, gate.boost, gate.kind = len(self.active[name]), False, "topk"
+            gain = self.gains.get(name)
+            # Of the copy that is this model's own. Without a gain to multiply, nothing is multiplied.
+            gate.active_count, gate.boost, gate.kind = len(indices), gain is not None, "topk"
+            fixed[id(gate)] = indices, torch.ones(len(indices)) if gain is None else gain
         graph = lower(analysis, gates, fused=False)
-        _fold(graph, {id(gates[name]): indices for name, indices in self.active.items()})
+        _fold(graph, fixed)
         return graph
 
 
-def _fold(graph_module: fx.GraphModule, active: Mapping[int, Tensor]) -> None:
+def _fold(graph_module: fx.GraphModule, fixed: Mapping[int, tuple[Tensor, Tensor]]) -> None:
     """Evaluate what depends on active sets alone; then cut the layers that read them."""
     graph, known = graph_module.graph, dict[fx.Node, Any]()
     for node in list(graph.nodes):
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, narrow.Selector):
-            indices = active[id(module.gate)].to(module.gate.weight.device)[None]
-            known[node] = indices, torch.ones_like(indices, dtype=module.gate.weight.dtype)
+            indices, gain = fixed[id(module.gate)]
+            known[node] = indices.to(module.gate.weight.device)[None], gain.to(module.gate.weight)[None]
         elif node.args and all(a in known for a in node.all_input_nodes) and node.all_input_nodes:
             args = fx.map_arg(node.args, known.__getitem__)
             if module is not None:

@@ -11,22 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..engine import CompactModel, compact
+from ..engine import CompactModel, FrozenModel, compact
 from ..errors import ConfigError, ExportError, GatedPruneError, ModelError
 from ..files import atomic_write
 from ..sites import normalise_inputs
 from ..wrapping import GatedModel
 from .batched import batched
-from .formats import FORMATS, Format, Runner
+from .checking import Checked, compare_file, first_line
+from .formats import FORMATS, Format
 
 __all__ = ["Exported", "export"]
-
-# A runtime may lose as much to rounding as plain PyTorch does, several times over: other sums, other polynomials for
-# exp and erf, about 1e-7 a step. A wrong channel is off by the size of the output itself.
-_ROUNDING_FACTOR = 10.0
-_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -35,13 +30,15 @@ class Exported:
 
     Attributes:
         path: The file.
-        format: "onnx" or "torch-export".
+        format: "onnx", "torch-export" or "torchscript".
         batch: Samples in a call; None: any number.
-        inputs: Shape of each tensor argument; None for the batch where it may vary.
+        inputs: Shape of each tensor argument; None for the batch, height and width where they may vary.
         bytes: Size of the file.
         difference: Largest difference to the compact model on the checked inputs, relative to the largest output; None
             where that was not asked for.
         active_sets: How many different active sets the checked inputs had at the site where they had most.
+        sizes: Height and width of the images that were checked, where they may vary.
+        runtimes: What else than the format's own runtime the file was checked in: "openvino", where it is installed.
     """
 
     path: Path
@@ -51,36 +48,47 @@ class Exported:
     bytes: int
     difference: float | None = None
     active_sets: int | None = None
+    sizes: tuple[tuple[int, ...], ...] = ()
+    runtimes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return {**dataclasses.asdict(self), "path": str(self.path), "inputs": [list(s) for s in self.inputs]}
+        lists = {name: [list(s) for s in getattr(self, name)] for name in ("inputs", "sizes")}
+        return {**dataclasses.asdict(self), **lists, "path": str(self.path), "runtimes": list(self.runtimes)}
 
     def __str__(self) -> str:
-        shapes = " and ".join("x".join("batch" if n is None else str(n) for n in shape) for shape in self.inputs)
+        free = ("batch", "channels", "height", "width")
+        shapes = " and ".join(
+            "x".join(free[i] if n is None else str(n) for i, n in enumerate(shape)) for shape in self.inputs
+        )
         text = f"{self.path}: {self.format}, {self.bytes / 1e6:.1f} MB, takes {shapes}"
         if self.difference is None:
             return text + "; not checked"
         return text + (
             f"; run again and compared: off by {self.difference:.1e} of the largest output, on inputs with up to "
             f"{self.active_sets} active sets a site"
+            + (f", sizes {' '.join('x'.join(map(str, size)) for size in self.sizes)}" if self.sizes else "")
+            + (f"; also in {', '.join(self.runtimes)}" if self.runtimes else "")
         )
 
 
 def export(model: nn.Module, path: str | os.PathLike[str], format: str = "onnx", *, example_inputs: Any = None,
-           batch: int | None = None, check: bool = True) -> Exported:  # fmt: skip
+           batch: int | None = None, any_size: bool = False, check: bool = True) -> Exported:  # fmt: skip
     """Write the compact model, with its choice of channels for each input inside the graph, as a file.
 
-    The graph holds plain operators only. The image size is fixed. The batch may vary; where it is fixed, convolutions
-    stay convolutions, where otherwise they become matrix products on the unfolded input.
+    The graph holds plain operators only. The batch may vary; where it is fixed, convolutions stay convolutions, where
+    otherwise they become matrix products on the unfolded input.
 
     Args:
-        model: A gated model, or a compact one. Left as it is.
+        model: A gated model, a compact one, or a static one from `gatedprune.engine.freeze`. Left as it is.
         path: The file: written whole or not at all.
-        format: "onnx" (needs the extra ``export``) or "torch-export" (`torch.export.save`).
+        format: "onnx" (needs the extra ``export``), "torch-export" (`torch.export.save`) or "torchscript"
+            (`torch.jit.trace`).
         example_inputs: A tensor (B, C, H, W) or a tuple of arguments; default: of the shapes that the model was wrapped
             for.
         batch: The number of samples in each call; None: any number.
+        any_size: Height and width may vary too. Convolutional models allow that; a model whose image size is written
+            into its graph (position embeddings, windows, padding worked out from the size) is refused.
         check: Run the file again, on random inputs with different active sets, and compare with the compact model.
 
     Raises:
@@ -93,6 +101,8 @@ def export(model: nn.Module, path: str | os.PathLike[str], format: str = "onnx",
         raise ConfigError(f"`format` of export() must be one of {', '.join(map(repr, FORMATS))}. Got {format!r}.")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise ConfigError(f"`batch` of export() must be an integer from 1 on, or None for any. Got {batch!r}.")
+    if any_size and not check:
+        raise ConfigError("`any_size` of export() needs `check`: only other sizes tell whether the graph takes them.")
     source, share = _source(model)
     if any(gate.varies for gate in source.gates.values()):
         raise ExportError(
@@ -102,14 +112,21 @@ def export(model: nn.Module, path: str | os.PathLike[str], format: str = "onnx",
     args = _sized(_inputs(source, example_inputs), 2 if batch is None else batch)
     if format == "onnx" and any(a.dtype is torch.bfloat16 for a in args if isinstance(a, Tensor)):
         raise ExportError("ONNX runtimes on the CPU do not compute in bfloat16: convert the model with .float() first.")
-    reference = compact(source, args, backend="torch", share=share)
-    program = _program(compact(source, args, backend="torch", share=share), args, batch, format)
-    found: list[tuple[float, int]] = []
+
+    def lowered() -> CompactModel:
+        if isinstance(model, FrozenModel):
+            return copy.deepcopy(model).cpu()
+        return compact(source, args, backend="torch", share=share)
+
+    form = FORMATS[format]
+    graph = _graph(lowered(), args, batch)
+    program = graph if form.traced else _program(graph, args, batch, any_size)
+    found: list[Checked] = []
 
     def write(temporary: str) -> None:
-        _write(FORMATS[format], program, args, temporary, format)
+        _write(form, program, args, temporary, format)
         if check:
-            found.append(_compare(FORMATS[format].read(temporary), reference, args, batch, format))
+            found.append(compare_file(form.runners(temporary), lowered(), args, batch, any_size, format))
 
     try:
         atomic_write(path, write)
@@ -118,9 +135,13 @@ def export(model: nn.Module, path: str | os.PathLike[str], format: str = "onnx",
             f"{os.fspath(path)} cannot be written ({error}). Nothing was changed. Give a file in a folder that can be "
             "written to and has the room."
         ) from error
-    shapes = tuple((None if batch is None else batch, *a.shape[1:]) for a in args if isinstance(a, Tensor) and a.dim())
-    difference, sets = found[0] if found else (None, None)
-    return Exported(Path(path), format, batch, shapes, Path(path).stat().st_size, difference, sets)
+    shapes = tuple(
+        (None if batch is None else batch, *([a.shape[1], None, None] if any_size and a.dim() == 4 else a.shape[1:]))
+        for a in args if isinstance(a, Tensor) and a.dim()
+    )  # fmt: skip
+    seen = found[0] if found else Checked(None, None, (), ())
+    return Exported(Path(path), format, batch, shapes, Path(path).stat().st_size, seen.difference, seen.active_sets,
+                    seen.sizes if any_size else (), seen.runtimes)  # fmt: skip
 
 
 def _source(model: nn.Module) -> tuple[GatedModel, str]:
@@ -155,24 +176,36 @@ def _sized(args: tuple[Any, ...], samples: int) -> tuple[Any, ...]:
     )
 
 
-def _program(fast: CompactModel, args: tuple[Any, ...], batch: int | None, format: str) -> torch.export.ExportedProgram:
+def _graph(fast: CompactModel, args: tuple[Any, ...], batch: int | None) -> nn.Module:
+    """The lowered model with the operators of `batched`."""
     graph = fast.prepare(*args)
-    fixed = fast._last.startswith("batch:")
-    if fixed and batch is None:
+    if fast._last.startswith("batch:") and batch is None:
         raise ExportError("The model's forward pass has the batch size written into it: give that number as `batch`.")
     batched(graph, graph.graph, batch)
     _own_memory(graph)
+    return graph
+
+
+def _program(graph: nn.Module, args: tuple[Any, ...], batch: int | None, any_size: bool) -> Any:
     shapes = None
-    if batch is None:
+    if batch is None or any_size:
         # Without a largest number, torch 2.6 cannot rule out that a batch is as long as an open slice ends, 2⁶³ − 1.
-        samples = torch.export.Dim("batch", min=1, max=2**31 - 1)
-        shapes = tuple({0: samples} if isinstance(a, Tensor) and a.dim() else None for a in args)
+        samples = {} if batch is not None else {0: torch.export.Dim("batch", min=1, max=2**31 - 1)}
+        pixels = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC} if any_size else {}
+        shapes = tuple(
+            {**samples, **(pixels if a.dim() == 4 else {})} if isinstance(a, Tensor) and a.dim() else None for a in args
+        )
     try:
         with torch.no_grad():
             return torch.export.export(graph, args, dynamic_shapes=shapes)
     except Exception as error:
+        if any_size:
+            raise ExportError(
+                f"The model has its image size written into its graph: export it without any_size, once for each size. "
+                f"torch.export says: {first_line(error)}"
+            ) from error
         hint = " Try a fixed number of samples, such as batch=1." if batch is None else ""
-        raise ExportError(f"torch.export cannot trace the compact model: {_first_line(error)}{hint}") from error
+        raise ExportError(f"torch.export cannot trace the compact model: {first_line(error)}{hint}") from error
 
 
 def _own_memory(module: nn.Module) -> None:
@@ -185,70 +218,10 @@ def _own_memory(module: nn.Module) -> None:
                 value.data = value.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _write(form: Format, program: torch.export.ExportedProgram, args: tuple[Any, ...], path: str, name: str) -> None:
+def _write(form: Format, program: Any, args: tuple[Any, ...], path: str, name: str) -> None:
     try:
         form.write(program, args, path)
     except (OSError, ImportError, GatedPruneError):
         raise
     except Exception as error:
-        raise ExportError(f"The compact model cannot be written as {name}: {_first_line(error)}") from error
-
-
-def _compare(run: Runner, fast: CompactModel, args: tuple[Any, ...], batch: int | None, name: str) -> tuple[float, int]:
-    """(largest relative difference, active sets) over random inputs; raises where it is more than rounding."""
-    generator = torch.Generator().manual_seed(0)
-    exact = copy.deepcopy(fast).double()
-    worst = 0.0
-    chosen: dict[str, set] = {site: set() for site in fast.gates}
-    # An exported graph must not hold the number of samples, or the channels, that it was traced with.
-    for samples in (1, 3) if batch is None else (batch,) * max(2, 4 // batch):
-        inputs = tuple(_random(a, samples, generator) for a in args)
-        wanted, precise = _outputs(fast, inputs), _outputs(exact, tuple(_double(a) for a in inputs))
-        for site, active in fast.last_active.items():
-            chosen[site].update(map(tuple, active.tolist()))
-        try:
-            found = run(*inputs)
-        except ImportError:
-            raise
-        except Exception as error:
-            raise ExportError(f"The {name} file does not run on {samples} samples: {_first_line(error)}") from error
-        shapes = [[tuple(y.shape) for y in ys] for ys in (found, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ExportError(f"The {name} file returns tensors of shapes {shapes[0]}, the compact model {shapes[1]}.")
-        for ours, theirs, best in zip(wanted, found, precise, strict=True):
-            scale = float(best.abs().max()) or 1.0
-            rounding = float((ours - best).abs().max()) / scale
-            difference = float((theirs - ours).abs().max()) / scale
-            if not difference <= _ROUNDING_FACTOR * rounding + _ROUNDING:
-                raise ExportError(
-                    f"The {name} file does not compute what the compact model computes: off by {difference:.1e} of the "
-                    f"largest output (rounding alone: {rounding:.1e}). It was not kept. Please report this with the "
-                    "model's name."
-                )
-            worst = max(worst, difference)
-    return worst, max(map(len, chosen.values()), default=0)
-
-
-def _random(a: Any, samples: int, generator: torch.Generator) -> Any:
-    """Samples of different mean and contrast in each channel, so that gates choose differently."""
-    if not isinstance(a, Tensor) or not a.dim() or not a.is_floating_point():
-        return a.expand(samples, *a.shape[1:]).clone() if isinstance(a, Tensor) and a.dim() else a
-    x = torch.randn(samples, *a.shape[1:], generator=generator)
-    style = (samples, *a.shape[1:2], *[1] * (a.dim() - 2))
-    return (x * torch.rand(style, generator=generator) + torch.randn(style, generator=generator)).to(a.dtype)
-
-
-def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    return [y for y in tree_leaves(model(*inputs)) if isinstance(y, Tensor)]
-
-
-def _double(a: Any) -> Any:
-    return a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch.onnx puts the cause last, under advice for its developers
-    cause = next((line for line in lines if "DispatchError" in line), lines[0] if lines else "")
-    text = f"{type(error).__name__}: {cause[:300]}"
-    return text if text.endswith(".") else text + "."
+        raise ExportError(f"The compact model cannot be written as {name}: {first_line(error)}") from error

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +28,28 @@ _LARGEST_ONNX = 2**31 - 2**20  # bytes: what one protobuf file can hold, less th
 
 @dataclass(frozen=True)
 class Format:
-    """``write(program, args, path)`` makes the file; ``read(path)`` gives a function from tensors to tensors."""
+    """How a file is made and run again.
+
+    Attributes:
+        suffix: Of the file's name.
+        write: ``write(source, args, path)`` makes the file; the source is a `torch.export` program, or where ``traced``
+            the module itself.
+        read: ``read(path)`` gives a function from tensors to tensors.
+        traced: See ``write``.
+        also: Package → another way to run the file, used where that package is installed.
+    """
 
     suffix: str
-    write: Callable[[Program, tuple[Any, ...], str], None]
+    write: Callable[[Any, tuple[Any, ...], str], None]
     read: Callable[[str], Runner]
+    traced: bool = False
+    also: tuple[tuple[str, Callable[[str], Runner]], ...] = ()
+
+    def runners(self, path: str) -> dict[str, Runner]:
+        """What the file can be run in here: name → function."""
+        found = {"": self.read(path)}
+        found.update({name: read(path) for name, read in self.also if importlib.util.find_spec(name)})
+        return found
 
 
 def _write_program(program: Program, args: tuple[Any, ...], path: str) -> None:
@@ -40,6 +60,26 @@ def _write_program(program: Program, args: tuple[Any, ...], path: str) -> None:
 def _read_program(path: str) -> Runner:
     with open(path, "rb") as file, _quiet():
         module = torch.export.load(file).module()
+
+    def run(*args: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return [y for y in tree_leaves(module(*args)) if isinstance(y, Tensor)]
+
+    return run
+
+
+def _write_script(module: torch.nn.Module, args: tuple[Any, ...], path: str) -> None:
+    if not all(isinstance(a, Tensor) for a in args):
+        raise ExportError("TorchScript takes tensors only: the model's arguments hold something else.")
+    memory = io.BytesIO()  # torch.jit.save hides what went wrong with a file
+    with _quiet(), torch.no_grad():
+        torch.jit.save(torch.jit.trace(module, args, check_trace=False), memory)
+    Path(path).write_bytes(memory.getvalue())
+
+
+def _read_script(path: str) -> Runner:
+    with _quiet():  # torch.jit is deprecated, and says so
+        module = torch.jit.load(path, map_location="cpu")
 
     def run(*args: Any) -> list[Tensor]:
         with torch.no_grad():
@@ -66,7 +106,8 @@ def _write_onnx(program: Program, args: tuple[Any, ...], path: str) -> None:
         raise ExportError(f"The model has {size / 2**30:.1f} GiB of weights; an ONNX file holds 2. Use 'torch-export'.")
     tensors = [a for a in args if isinstance(a, Tensor)]
     inputs, outputs = _numbered("input", len(tensors)), _numbered("output", len(program.graph_signature.user_outputs))
-    shapes = tuple({0: "batch"} if isinstance(a, Tensor) and a.dim() else None for a in args)  # names only
+    axes = {0: "batch", 2: "height", 3: "width"}  # names only
+    shapes = tuple({d: axes[d] for d in axes if d < a.dim()} if isinstance(a, Tensor) else None for a in args)
     with _quiet():
         made = torch.onnx.export(program, args, dynamo=True, verbose=False, input_names=inputs, output_names=outputs,
                                  dynamic_shapes=shapes,
@@ -99,6 +140,20 @@ def _read_onnx(path: str) -> Runner:
     return run
 
 
+def _read_openvino(path: str) -> Runner:
+    import openvino
+
+    core = openvino.Core()
+    # float32 as everywhere else here; on CPUs with bfloat16 it would choose that.
+    network = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(*args: Any) -> list[Tensor]:
+        found = network([a.numpy() for a in args if isinstance(a, Tensor)])
+        return [torch.from_numpy(found[output].copy()) for output in network.outputs]
+
+    return run
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch.export and torch.onnx have to say to their own developers."""
@@ -113,6 +168,7 @@ def _quiet() -> Iterator[None]:
 
 
 FORMATS = {
-    "onnx": Format(".onnx", _write_onnx, _read_onnx),
+    "onnx": Format(".onnx", _write_onnx, _read_onnx, also=(("openvino", _read_openvino),)),
     "torch-export": Format(".pt2", _write_program, _read_program),
+    "torchscript": Format(".pt", _write_script, _read_script, traced=True),
 }

@@ -7,5 +7,6 @@ without network; a model of any other kind is built by the user and given to `lo
 from .hub import from_pretrained, push_to_hub
 from .loading import is_saved, load
 from .saving import save
+from .weights import load_weights, pretrained
 
-__all__ = ["from_pretrained", "is_saved", "load", "push_to_hub", "save"]
+__all__ = ["from_pretrained", "is_saved", "load", "load_weights", "pretrained", "push_to_hub", "save"]

@@ -296,7 +296,7 @@ def _each(total: int, batch: int) -> int:
 def _thop() -> ModuleType:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # thop imports distutils
+            warnings.simplefilter("ignore")  # thop imports distutils
             import thop
     except ImportError as error:
         raise ImportError(

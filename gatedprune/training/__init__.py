@@ -13,6 +13,7 @@ from .distillation import Distillation, feature_loss, logit_loss, map_loss
 from .oracle import OracleChoice
 from .schedule import RatioSchedule
 from .thresholds import SiteThreshold, ThresholdFit, fit_thresholds
+from .usage import most_used
 
 __all__ = [
     "Allocation",
@@ -32,4 +33,5 @@ __all__ = [
     "logit_loss",
     "map_loss",
     "match_norms",
+    "most_used",
 ]

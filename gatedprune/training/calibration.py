@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -62,6 +64,13 @@ class Calibration:
     samples: int
     sites: Mapping[str, SiteFit]
     norms: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; an infinite shrinkage, a static ranking, is None."""
+        sites = {name: dataclasses.asdict(site) for name, site in self.sites.items()}
+        for site in sites.values():
+            site["shrinkage"] = site["shrinkage"] if math.isfinite(site["shrinkage"]) else None
+        return {"samples": self.samples, "sites": sites}
 
     def __str__(self) -> str:
         width = max([len(name) for name in self.sites] + [4])

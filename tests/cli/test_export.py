@@ -6,11 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 from click.testing import Result
+from PIL import Image
 
 import gatedprune
+from gatedprune.data import read_images
 
 Run = Callable[..., Result]
 
@@ -43,9 +47,33 @@ def test_export_says_what_is_wrong(run: Run, saved: Path, tmp_path: Path) -> Non
                  "--output", str(tmp_path / "file" / "m.pt2"))  # fmt: skip
     assert result.exit_code == 1 and "m.pt2 cannot be written" in result.output
     result = run("export", str(saved), "--macs", "0.5")
-    assert result.exit_code == 2 and "--macs is for a model without gates" in result.output
+    assert result.exit_code == 2 and "--macs: for a model without gates" in result.output
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "gatedprune.json").write_text("{")
     result = run("inspect", str(broken))
     assert result.exit_code == 1 and "is damaged" in result.output and "Traceback" not in result.output
+
+
+def test_a_static_profile_of_one_image_is_the_model_on_that_image(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gated = gatedprune.wrap(timm.create_model("test_resnet"), 0.5, example_inputs=torch.zeros(1, 3, 64, 64)).eval()
+    with torch.no_grad():
+        for gate in gated.gates.values():
+            gate.weight.add_(torch.randn_like(gate.weight) * 0.1)
+    gatedprune.save(gated, tmp_path / "m")
+    (tmp_path / "data").mkdir()
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 255, (80, 80, 3), dtype=np.uint8)).save(tmp_path / "data" / "a.png")
+    target = tmp_path / "s.pt"
+    options = ["--size", 64, "--format", "torchscript", "--output", target, "--json"]
+    result = run("export", tmp_path / "m", "--static-profile", tmp_path / "data", *options)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["format"] == "torchscript" and told["active_sets"] == 1 and told["difference"] < 1e-5
+    static = torch.jit.load(target)
+    (x,) = read_images(tmp_path / "data", gated, size=(64, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(static(x), gated(x), rtol=1e-4, atol=1e-5)
+        other = x.flip(3) * torch.tensor([2.0, 0.1, -1.0]).view(1, 3, 1, 1)
+        assert not torch.allclose(static(other), gated(other), rtol=1e-3), "which differs on another image"

@@ -31,8 +31,8 @@ def test_a_name_that_timm_lacks_gets_a_suggestion(run: Run) -> None:
         (["inspect", "timm:no_such_name"], 2, "cannot be imported"),
         (["inspect", "timm:__version__"], 2, "not something that can be called"),
         (["inspect", "timm:list_modules"], 1, "returns a list, not a torch.nn.Module"),
-        (["compare", "test_resnet", "--ratio", "1.5", "--size", "64"], 1, "The `ratio` of wrap() must be"),
-        (["compare", "test_resnet", "--ratio", "0.5", "--macs", "0.5"], 1, "either `ratio` or `macs`"),
+        (["compare", "test_resnet", "--ratio", "1.5", "--size", "64"], 2, "has numbers outside"),
+        (["compare", "test_resnet", "--ratio", "0.5", "--macs", "0.5"], 2, "either --ratio or --macs"),
     ],
 )
 def test_what_is_wrong_is_said_without_a_traceback(run: Run, arguments: list[str], code: int, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import re
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import nn
 
 import gatedprune
 from gatedprune import compare
-from gatedprune.compare import Comparison, compare_models, comparison, equality
+from gatedprune.compare import Comparison, compare_models, comparison, equality, rankings
+from gatedprune.compare import result as results
 from gatedprune.compare.equality import Equality, check_equality
+from gatedprune.compare.pareto import front
 from gatedprune.engine import NarrowConv2d
 from gatedprune.errors import ConfigError, DataError, ModelError
 
@@ -111,7 +114,7 @@ def test_json_is_written_whole(found: Comparison, tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "comparison.json"
     path.write_text("old")
-    monkeypatch.setattr(comparison.json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(results.json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         found.to_json(path)
     assert path.read_text() == "old"
@@ -251,3 +254,115 @@ def test_inputs_must_be_given() -> None:
 def test_evaluate_must_return_named_numbers() -> None:
     with pytest.raises(ConfigError, match=r"`evaluate` of compare\(\) must return a dict.*Got float"):
         compare(Small(), torch.randn(IMAGES), evaluate=lambda model: 0.5, warmup=0, repeats=1)  # type: ignore[arg-type,return-value]
+
+
+def test_several_rankings_ratios_and_dynamic_after_static() -> None:
+    images = torch.randn(IMAGES)
+    data = [torch.randn(4, 3, 64, 64) * torch.rand(4, 3, 1, 1) for _ in range(3)]
+    told: list[str] = []
+    names = ("magnitude-l2", "random", "taylor", "activation", "batch-norm")
+    found = compare(Small(), images, ratio=[0.25, 0.5], rankings=names, calibrate=data, combined=True, warmup=0,
+                    repeats=1, on_row=told.append)  # fmt: skip
+    kinds = ["static"] * 4 + ["dynamic", "static, then dynamic"]
+    assert [row.kind for row in found.rows] == ["dense", *kinds, *kinds]
+    assert told == [*(row.name for row in found.rows), "time"]
+    for ratio in (0.25, 0.5):
+        rows = [row for row in found.rows if row.ratio == ratio]
+        executed = {row.macs.total - row.macs.predictors for row in rows}
+        assert len(executed) == 1, "the same number of channels in every row"
+        assert [row.ranking for row in rows if row.kind == "static"] == list(names[:4])
+        combined = found[f"static, then dynamic @ {ratio}"]
+        assert combined.equality is not None and combined.equality.green
+        # Channels are gone for good, so that it is smaller than the dynamic model.
+        assert combined.parameters < found[f"dynamic @ {ratio}"].parameters
+        assert combined.memory is not None and found["dense"].memory is not None
+        assert combined.memory.weights < found["dense"].memory.weights + 20_000
+    assert found["dynamic @ 0.5"].macs.total < found["dynamic @ 0.25"].macs.total
+    assert "static models of equal shapes are timed once" in found.notes
+    # One of the two sites has no batch norm: that ranking cannot be had, and a note says so, once.
+    (missing,) = [note for note in found.notes if "no row" in note]
+    assert missing.startswith("no row 'static, batch-norm': ")
+
+
+def test_several_ratios_of_a_model_that_is_gated() -> None:
+    images = torch.randn(IMAGES)
+    gated = trained(Small(), images, ratio=0.25)
+    found = compare(gated, images, ratio=[0, 0.5], warmup=0, repeats=1)
+    assert [row.name for row in found.rows] == [
+        "dense", "static @ 0", "dynamic @ 0", "static @ 0.5", "dynamic @ 0.5"]  # fmt: skip
+    assert found["static @ 0"].macs.total == found["dense"].macs.total > found["static @ 0.5"].macs.total
+    assert {gate.ratio for gate in gated.gates.values()} == {0.25}
+
+
+def test_what_ranks_is_what_is_kept() -> None:
+    """Activation: the channels of the largest mean contribution; Taylor: of the largest weight times gradient."""
+    images = torch.randn(IMAGES)
+    gated = gatedprune.wrap(Small(), 0.5, example_inputs=images).eval()
+    before = copy.deepcopy(gated.state_dict())
+    pruner = rankings.Pruner(gated, (images,), [images, images * 2])
+    scores = rankings.mean_contributions(gated, [images, images * 2])
+    for name, kept in pruner("activation").kept.items():
+        others = [c for c in range(len(scores[name])) if c not in kept.tolist()]
+        assert len(kept) == gated.gates[name].active_count and scores[name][kept].min() >= scores[name][others].max()
+    half = {name: k // 2 for name, k in pruner("activation").kept.items() for k in [len(k)]}
+    assert {name: len(k) for name, k in pruner("taylor", half).kept.items()} == half
+    assert all(parameter.grad is None for parameter in gated.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in gated.state_dict().items())
+    dead = "body.0"
+    with torch.no_grad():
+        gated.get_submodule(dead).weight[::2] = 0  # writes nothing: no activation, no gradient
+    for ranking in ("activation", "taylor", "magnitude-l1"):
+        kept = rankings.Pruner(gated, (images,), [images])(ranking).kept[dead]
+        assert kept.tolist() == list(range(1, 12, 2)), ranking
+
+
+def test_a_ranking_that_fails_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: object, ranking: str, counts: object = None) -> None:
+        raise ModelError("it cannot be traced")
+
+    monkeypatch.setattr(rankings.Pruner, "__call__", fails)
+    found = compare(Small(), torch.randn(IMAGES), rankings=["random"], combined=True, warmup=0, repeats=1)
+    assert [row.name for row in found.rows] == ["dense", "dynamic"]
+    assert "no row 'static, random': it cannot be traced" in str(found)
+    assert "no row 'static, then dynamic': it cannot be traced" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"rankings": ["luck"]}, "Unknown ranking 'luck'"),
+        ({"rankings": "random"}, "must be a sequence of names"),
+        ({"rankings": ["taylor"]}, "'taylor' of static pruning needs data"),
+        ({"rankings": ["random"], "importance": lambda group: None}, "either `importance` or `rankings`"),
+        ({"ratio": []}, "is an empty sequence"),
+        ({"ratio": [0.5, 1.0]}, r"`ratio` of compare\(\) must be a float in"),
+    ],
+)
+def test_requests_that_make_no_sense(options: dict, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        compare(Small(), torch.randn(IMAGES), **options)
+    with pytest.raises(DataError, match="are an iterator"):
+        compare(Small(), torch.randn(IMAGES), calibrate=iter([torch.randn(IMAGES)]))
+
+
+def test_csv_html_and_plot(found: Comparison, tmp_path: Path) -> None:
+    found.to_csv(tmp_path / "r.csv")
+    with (tmp_path / "r.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["name"] for row in rows] == ["dense", "static", "dynamic"]
+    assert [float(row["mean"]) for row in rows] == [row.metrics["mean"] for row in found.rows]
+    assert [int(row["bytes_peak"]) for row in rows] == [row.memory.peak for row in found.rows if row.memory]
+    page = found._repr_html_()
+    assert page.count("<tr>") == 4 and "<th style='text-align:left'>dynamic</th>" in page
+    pytest.importorskip("matplotlib")
+    assert "<svg" in page
+    figure = found.plot(tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 5000
+    assert [axes.get_xlabel() for axes in figure.axes] == ["GMACs per sample", "ms a batch of 2"]
+    assert {axes.get_ylabel() for axes in figure.axes} == {"mean"}
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [(4.0, 90.0), (1.0, 50.0), (2.0, 40.0), (2.0, 70.0), (3.0, 70.0), (5.0, 90.0)]
+    assert front(points) == [1, 3, 0]
+    assert front([]) == []

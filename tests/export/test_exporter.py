@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import gatedprune
+from gatedprune.engine import freeze
 from gatedprune.errors import ConfigError, ExportError, ModelError
 from gatedprune.export import exporter
+from gatedprune.export.check import FAMILIES, check_model
 from gatedprune.export.formats import FORMATS, Format
+from gatedprune.training import most_used
 
 SIZE = 64
 
@@ -92,6 +95,85 @@ def test_a_torch_export_program_takes_any_batch(tmp_path: Path) -> None:
     gatedprune.export(gated, tmp_path / "m.pt2", "torch-export", check=False)
     module = torch.export.load(tmp_path / "m.pt2").module()
     assert_as_compact(lambda x: [module(x)], gated, (1, 2, 5))
+
+
+def test_torchscript_takes_any_batch(tmp_path: Path) -> None:
+    gated = gated_model("resnet")
+    made = gatedprune.export(gated, tmp_path / "m.pt", "torchscript")
+    assert made.active_sets is not None and made.active_sets > 1
+    module = torch.jit.load(tmp_path / "m.pt")
+    with torch.no_grad():
+        assert_as_compact(lambda x: [module(x)], gated, (1, 2, 5))
+
+
+def test_torchscript_of_views_takes_a_fixed_batch(tmp_path: Path) -> None:
+    gated = gated_model("vit")
+    with pytest.raises(ExportError, match="torchscript file does not run on inputs .*such as batch=1"):
+        gatedprune.export(gated, tmp_path / "m.pt", "torchscript")
+    assert not os.listdir(tmp_path)
+    made = gatedprune.export(gated, tmp_path / "m.pt", "torchscript", batch=2)
+    assert made.batch == 2 and made.active_sets is not None and made.active_sets > 1
+
+
+@pytest.mark.parametrize(("format", "batch"), [("torch-export", None), ("torchscript", 1)])
+def test_any_image_size(format: str, batch: int | None, tmp_path: Path) -> None:
+    gated = gated_model("resnet")
+    made = gatedprune.export(gated, tmp_path / "m", format, any_size=True, batch=batch)
+    assert made.inputs == ((batch, 3, None, None),) and len(made.sizes) == 4 and (SIZE, SIZE) in made.sizes
+    assert "x3xheightxwidth" in str(made) and "sizes 64x64 96x96" in str(made)
+    module = torch.jit.load(tmp_path / "m") if format == "torchscript" else torch.export.load(tmp_path / "m").module()
+    x = images(batch or 2, 80)[:, :, :75]
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), gated(x), rtol=1e-4, atol=1e-5)
+
+
+class Sized(nn.Module):
+    """Padding that is worked out from the size: right for one parity only, once it stands in a graph."""
+
+    def __init__(self, position: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, stride=2), nn.Conv2d(16, 4, 1)
+        self.position = nn.Parameter(torch.zeros(1, 16, 5, 5)) if position else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        odd = (x.shape[2] % 2, x.shape[3] % 2)
+        x = self.a(nn.functional.pad(x, (0, odd[1], 0, odd[0]))).relu()
+        x = x if self.position is None else x + self.position
+        return self.b(x).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("position", "format"), [(True, "torch-export"), (False, "torchscript"), (True, "torchscript")]
+)
+def test_a_size_that_is_written_into_the_graph_is_refused(position: bool, format: str, tmp_path: Path) -> None:
+    gated = gatedprune.wrap(Sized(position), 0.5, example_inputs=torch.zeros(1, 3, 11, 11)).eval()
+    with pytest.raises(
+        ExportError, match="written into its graph|does not compute|takes no other image size|does not run"
+    ):
+        gatedprune.export(gated, tmp_path / "m", format, any_size=True)
+    assert not os.listdir(tmp_path)
+    gatedprune.export(gated, tmp_path / "m", format)
+    with pytest.raises(ConfigError, match="`any_size` of export.. needs `check`"):
+        gatedprune.export(gated, tmp_path / "m", format, any_size=True, check=False)
+
+
+def test_a_static_model_is_exported_too(tmp_path: Path) -> None:
+    gated = small_model()
+    active, gains = most_used(gated, [images(6, 12)])
+    frozen = freeze(gated, active, (torch.zeros(1, 3, 12, 12),), gains)
+    gatedprune.export(frozen, tmp_path / "m.pt2", "torch-export", example_inputs=torch.zeros(1, 3, 12, 12))
+    x = images(3, 12, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(x), frozen(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_families_in_onnx_runtime(family: str) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    found = check_model(FAMILIES[family], family=family, repeats=1)
+    assert found.difference < 1e-4 and found.active_sets > 1
 
 
 def test_the_result_says_what_was_written_and_checked(tmp_path: Path) -> None:
@@ -205,7 +287,7 @@ def test_several_inputs_and_a_batch_that_is_written_into_the_model(tmp_path: Pat
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     gated = small_model()
-    with pytest.raises(ConfigError, match=r"must be one of 'onnx', 'torch-export'. Got 'tflite'"):
+    with pytest.raises(ConfigError, match=r"must be one of 'onnx', 'torch-export', 'torchscript'. Got 'tflite'"):
         gatedprune.export(gated, tmp_path / "m", "tflite")
     with pytest.raises(ConfigError, match="`batch` of export"):
         gatedprune.export(gated, tmp_path / "m", batch=0)
