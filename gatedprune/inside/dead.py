@@ -26,6 +26,7 @@ __all__ = ["DeadPruning", "prune_dead"]
 
 # Both models in float64 differ by rounding only; a wrong channel is off by the size of the output itself.
 _TOLERANCE = 1e-9
+_RAISE = 1e3  # saliencies are raised by this in the check, so that the rectifier makes no ties with removed channels
 _LEAST = 2  # channels that a site keeps: with one there is nothing to choose, and no site
 
 
@@ -191,7 +192,11 @@ def _confirm(gated: GatedModel, model: GatedModel, plan: Mapping[str, Tensor]) -
         gate.active_count = new.gates[name].active_count
         with torch.no_grad():
             gate.weight[gone[name]] = 0
-            gate.bias[gone[name]] = -1
+            for one in (gate, new.gates[name]):  # gains stay: what they are measured from is raised as well
+                for value in (one.bias, one.start, one.threshold):
+                    if value is not None:
+                        value += _RAISE
+            gate.bias[gone[name]] = 0
     wanted, found = _outputs(old, args), _outputs(new, args)
     chosen = {name: active_mask(gate.last_active, gate.channels) for name, gate in old.gates.items()}  # type: ignore[arg-type]
     alike = ~torch.stack([(mask & gone[name]).any(1) for name, mask in chosen.items()]).any(0)
