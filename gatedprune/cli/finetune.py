@@ -74,6 +74,7 @@ _OPTIONS = [
     _option("--compile", is_flag=True, help="torch.compile; once for each of --levels (then 5)."),
     _option("--seed", type=click.IntRange(0), default=0, help="Every random draw follows from it."),
     _option("--workers", type=click.IntRange(0), default=0, help="Processes that load images."),
+    _option("--json", "as_json", is_flag=True, help="Print JSON instead of the table: OUTPUT/result.json."),
     _option("--save-every", type=float, default=5.0, help="Minutes between saves, beside the end of each epoch."),
 ]
 
@@ -81,7 +82,7 @@ _OPTIONS = [
 @click.command("finetune")
 @click.argument("model", metavar="MODEL")
 @click.pass_context
-def command(ctx: click.Context, model: str, output: str, resume: bool, **options: Any) -> None:
+def command(ctx: click.Context, model: str, output: str, resume: bool, as_json: bool, **options: Any) -> None:
     """Train MODEL with gates (or statically pruned, or dense: the same recipe) on a folder of images.
 
     \b
@@ -95,7 +96,7 @@ def command(ctx: click.Context, model: str, output: str, resume: bool, **options
     they hold a folder for each class. Stopped or killed, the same command with --resume goes on exactly. The result
     is OUTPUT/model, which gatedprune.load() takes where it is gated. Needs the extra `train`.
     """
-    from ..finetune import FinetuneConfig, Interrupted, finetune, is_main_process  # accelerate is optional
+    from ..finetune import RESULT, FinetuneConfig, Interrupted, finetune, is_main_process  # accelerate is optional
 
     try:
         config = FinetuneConfig(model=model, output=output, **options)
@@ -109,7 +110,7 @@ def command(ctx: click.Context, model: str, output: str, resume: bool, **options
     except (GatedPruneError, ImportError) as error:
         raise click.ClickException(str(error)) from error
     if main:
-        click.echo(str(result))
+        click.echo((Path(output) / RESULT).read_text(encoding="utf-8").rstrip() if as_json else str(result))
 
 
 def _again(arguments: list[str]) -> str:

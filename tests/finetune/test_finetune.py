@@ -77,7 +77,7 @@ def test_a_gated_model_comes_out_as_the_table_says(images: Path, tmp_path: Path)
     lines: list[str] = []
     result = finetune(options, progress=False, say=lines.append)
     gated = gatedprune.load(tmp_path / "run" / "model")
-    assert set(gated.gates) == {"layer1.0.conv1", "layer2.0.conv1"}
+    assert set(gated.gates) == {"layer1.0.conv1", "layer2.0.conv1", "layer2.0.conv2"}
     assert all(gate.ratio == 0.5 and bool(gate.weight.any()) for gate in gated.gates.values())
     assert result.macs == gated.site_report.macs_left(dict.fromkeys(SITES, 0.5)) < result.dense_macs
 

@@ -126,7 +126,7 @@ def test_untouched_gates_are_named(images: Tensor) -> None:
 
 def test_table_and_files(found: Usage, tmp_path: Path) -> None:
     lines = str(found).splitlines()
-    assert lines[0] == "ResNet: 7 gates on 12 inputs of 3 classes"
+    assert lines[0] == "ResNet: 10 gates on 12 inputs of 3 classes"
     for line, (name, site) in zip(lines[2:], found.sites.items(), strict=False):
         cells = line.split()
         assert cells[:5] == [

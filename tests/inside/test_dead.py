@@ -71,7 +71,7 @@ def test_only_dead_channels_go_and_everything_shrinks(resnet: Case, pruned: Dead
     assert pruned.parameters[1] == sum(p.numel() for p in pruned.model.parameters())
     assert pruned.macs[1] == gatedprune.find_sites(gatedprune.unwrap(copy.deepcopy(pruned.model)), resnet.inputs()).macs
     lines = str(pruned).splitlines()
-    assert lines[0] == f"{pruned.removed} of 304 channels removed" and lines[-3].startswith("parameters: ")
+    assert lines[0] == f"{pruned.removed} of 640 channels removed" and lines[-3].startswith("parameters: ")
 
 
 def test_the_model_it_came_from_is_left_alone(resnet: Case) -> None:

@@ -64,7 +64,7 @@ def test_k_win_on_average_over_the_data(fitted: tuple[nn.Module, ThresholdFit], 
         assert site.mean == pytest.approx(site.wanted, abs=max(0.02 * site.wanted, 1 / 16)) and min(wins) >= 1
         assert site.least <= site.p20 <= site.p80 <= site.most
     assert sum(site.least < site.most for site in found.sites.values()) >= 4
-    assert str(found).splitlines()[0] == "thresholds of 7 gates from 16 samples"
+    assert str(found).splitlines()[0] == "thresholds of 10 gates from 16 samples"
 
 
 def test_where_saliencies_tie_exactly_k_win(images: Tensor) -> None:
