@@ -40,7 +40,14 @@ _OPTIONS = [
     _option("--exclude", multiple=True, metavar="PATTERN", help="Never gate these sites; may be given several times."),
     _option("--signed", is_flag=True, help="Gates see means, not means of absolute values."),
     _option("--straight-through", is_flag=True, help="Losers' saliencies get a gradient too."),
-    _option("--calibrate", type=click.IntRange(0), default=0, metavar="N", help="Fit predictors on N images first."),
+    _option(
+        "--calibration-images",
+        "calibrate",
+        type=click.IntRange(0),
+        default=0,
+        metavar="N",
+        help="Fit predictors on N images first.",
+    ),
     _option(
         "--schedule", type=click.Choice(["constant", "step", "cosine"]), default="cosine", help="How the ratio rises."
     ),

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ..errors import BackendError, ConfigError, DataError, ModelError
 from ..gates import Gate
 from ..sites import Analysis, analyse, capture, normalise_inputs, two_samples
-from ..wrapping import GatedModel, bake_matches
+from ..wrapping import GatedModel, baked
 from . import native
 from .lowering import lower
 from .narrow import Selector
@@ -91,7 +91,7 @@ class CompactModel(nn.Module):
         self.train(False)
 
     def _settle(self, source: GatedModel) -> None:
-        bake_matches(source, source.gate_modules)
+        """For subclasses: what is to differ in the snapshot."""
 
     def prepare(self, *args: Any) -> fx.GraphModule:
         """Lower the model for arguments of these shapes (any batch size); done once for each image size."""
@@ -177,11 +177,12 @@ class CompactModel(nn.Module):
 
     def _lower(self, args: tuple) -> str:
         source: GatedModel = self.__dict__["_source"]
-        graph = capture(source, two_samples(args), dynamic_batch=True)
-        values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
-        free = all(_varies(v.shape[0]) for v in values if isinstance(v, Tensor) and v.dim())
-        if not free:
-            graph = capture(source, args)
+        with baked(source, source.gate_modules):  # anew each time, so that .double() is exact
+            graph = capture(source, two_samples(args), dynamic_batch=True)
+            values = [n.meta.get("val") for n in graph.graph.nodes if n.op == "placeholder"]
+            free = all(_varies(v.shape[0]) for v in values if isinstance(v, Tensor) and v.dim())
+            if not free:
+                graph = capture(source, args)
         analysis = analyse(source._gatedprune_base.__name__, graph, stream=source.gate_config.stream)
         missing = [s for s in source.gates if s not in analysis.sites]
         if missing:

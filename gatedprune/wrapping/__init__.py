@@ -6,10 +6,10 @@ pass; `importance` gives the ranking from which a gate starts; `matching` keeps 
 
 from .containers import GATES
 from .importance import magnitude_importance
-from .matching import GateModules, apply_match, bake_matches, is_match
+from .matching import GateModules, apply_match, baked, is_match
 from .model import GatedModel, is_gated, unwrap, wrap
 
 __all__ = [
-    "GATES", "GateModules", "GatedModel", "apply_match", "bake_matches", "is_gated", "is_match", "magnitude_importance",
+    "GATES", "GateModules", "GatedModel", "apply_match", "baked", "is_gated", "is_match", "magnitude_importance",
     "unwrap", "wrap",
 ]  # fmt: skip

@@ -7,6 +7,8 @@ They live with the gates: the norm's own statistics stay, so a checkpoint of the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .hooks import GatingState, _value
 
-__all__ = ["GateModules", "apply_match", "attach_matches", "bake_matches", "is_match"]
+__all__ = ["GateModules", "apply_match", "attach_matches", "baked", "is_match"]
 
 PARTS = ("scale", "shift")
 
@@ -88,15 +90,21 @@ def attach_matches(model: nn.Module, gates: GateModules, state: GatingState) -> 
             state.handles.append(module.register_forward_pre_hook(_Match(state, gates, path), with_kwargs=True))
 
 
-def bake_matches(model: nn.Module, gates: GateModules) -> None:
-    """Put the matches into the statistics of the batch norms themselves: for a private copy that will be lowered."""
-    for path in gates.matched:
-        found, norm = gates.match(path), model.get_submodule(path)
-        assert found is not None and isinstance(norm, _BatchNorm)
-        scale, shift = (v.double() for v in found)
-        mean, var = norm.running_mean, norm.running_var
-        assert mean is not None and var is not None
-        # γ·(x·a + c − μ)/√(v + ε) + β is γ·(x − (μ − c)/a)/√((v + ε)/a² − ε + ε) + β.
-        norm.running_mean = ((mean.double() - shift) / scale).to(mean.dtype)
-        norm.running_var = ((var.double() + norm.eps) / scale.square() - norm.eps).to(var.dtype)
-    gates.clear_matches()
+@contextmanager
+def baked(model: nn.Module, gates: GateModules) -> Iterator[None]:
+    """While entered, the matches are in the statistics of the batch norms themselves: for a graph to be captured."""
+    before: dict[_BatchNorm, tuple[Tensor | None, Tensor | None]] = {}
+    try:
+        for path in gates.matched:
+            found, norm = gates.match(path), model.get_submodule(path)
+            assert found is not None and isinstance(norm, _BatchNorm)
+            scale, shift = (v.double() for v in found)
+            mean, var = before[norm] = norm.running_mean, norm.running_var
+            assert mean is not None and var is not None
+            # γ·(x·a + c − μ)/√(v + ε) + β is γ·(x − (μ − c)/a)/√((v + ε)/a² − ε + ε) + β.
+            norm.running_mean = ((mean.double() - shift) / scale).to(mean.dtype)
+            norm.running_var = ((var.double() + norm.eps) / scale.square() - norm.eps).to(var.dtype)
+        yield
+    finally:
+        for norm, (mean, var) in before.items():
+            norm.running_mean, norm.running_var = mean, var

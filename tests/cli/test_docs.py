@@ -56,6 +56,7 @@ def test_every_command_takes_json_and_names_things_alike() -> None:
         for parameter in command.params:
             for name in parameter.opts if isinstance(parameter, click.Option) else ():
                 meanings.setdefault(name, set()).add(type(parameter.type).__name__)
-    # Several sizes, ratios, batches and threads at once are what bench is for; compare takes several ratios.
-    several = {"--ratio", "--batch", "--threads", "--json"}
+    # Several sizes, ratios, batches and threads at once are what bench is for; compare takes several ratios, and
+    # finetune the names of data sets.
+    several = {"--ratio", "--batch", "--threads", "--json", "--data"}
     assert {name for name, kinds in meanings.items() if len(kinds) > 1} <= several
