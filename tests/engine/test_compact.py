@@ -276,15 +276,16 @@ class Woken(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.first = nn.Conv2d(16, 32, 3, padding=1)
         self.norm = nn.BatchNorm2d(32)
         self.second = nn.Conv2d(32, 16, 3, padding=1)
         self.third = nn.Conv2d(16, 4, 1)
         self.stem = nn.Conv2d(3, 16, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
         y = self.first(x)
-        y = torch.cat([self.stem(x) + y[:, :16], y[:, 16:]], 1)
+        y = torch.cat([x + y[:, :16], y[:, 16:]], 1)
         return self.third(self.second(self.norm(y).sigmoid()).relu())
 
 
