@@ -1,4 +1,4 @@
-"""`python -m gatedprune.export.check`: one model of each of ten families, as ONNX, against PyTorch and against time.
+"""`python -m gatedprune.export.check MODEL …`: timm models as ONNX, against PyTorch and against time.
 
 Each model is gated, its gates are moved so that they choose by the image, and it is exported. ONNX Runtime must then
 give PyTorch's numbers on inputs with different active sets (`export` checks that), and is timed against the dense and
@@ -31,21 +31,7 @@ from ..wrapping import wrap
 from .exporter import export
 from .formats import FORMATS
 
-__all__ = ["FAMILIES", "Checked", "check_model", "lively", "main"]
-
-# family → a small model of it; all at 224×224 or the size that timm configures
-FAMILIES = {
-    "resnet": "resnet18",
-    "mobilenetv2": "mobilenetv2_050",
-    "efficientnet-lite": "tf_efficientnet_lite0",
-    "mobilenetv3": "mobilenetv3_small_050",
-    "regnet": "regnety_002",
-    "densenet": "densenet121",
-    "convnext": "convnext_atto",
-    "vision transformer": "vit_tiny_patch16_224",
-    "mlp-mixer": "mixer_s32_224",
-    "repvgg": "repvgg_a0",
-}
+__all__ = ["Checked", "check_model", "lively", "main"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,6 @@ class Checked:
         ms: "dense", "static" and "dynamic" in ONNX Runtime, "engine": the compact model here → median ms, batch 1.
     """
 
-    family: str
     model: str
     size: tuple[int, int]
     difference: float
@@ -76,7 +61,7 @@ def lively(model: nn.Module, ratio: float, images: Tensor) -> Any:
     return gated
 
 
-def check_model(name: str, *, family: str = "", ratio: float = 0.5, repeats: int = 20, threads: int = 1) -> Checked:
+def check_model(name: str, *, ratio: float = 0.5, repeats: int = 20, threads: int = 1) -> Checked:
     """Export a timm model with random weights to ONNX, compare the numbers, and time it.
 
     Raises:
@@ -98,47 +83,49 @@ def check_model(name: str, *, family: str = "", ratio: float = 0.5, repeats: int
         timed["dynamic"] = FORMATS["onnx"].read(str(made.path))
         timed["engine"] = compact(gated, images)
         found = measure_latency(timed, images, threads=threads, repeats=repeats)
-    return Checked(family, name, (images.shape[2], images.shape[3]), made.difference, made.active_sets,
+    return Checked(name, (images.shape[2], images.shape[3]), made.difference, made.active_sets,
                    {key: latency.median_ms for key, latency in found.items()})  # fmt: skip
 
 
 def table(rows: Sequence[Checked]) -> str:
     """As Markdown."""
     columns = ("dense", "static", "dynamic", "engine")
-    lines = ["| family | model | off by | active sets | dense ms | static | dynamic | dynamic/dense | engine |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| model | off by | active sets | dense ms | static | dynamic | dynamic/dense | engine |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         dense, static, dynamic, engine = (f"{row.ms[c]:.1f}" if c in row.ms else "–" for c in columns)
         lines.append(
-            f"| {row.family} | {row.model}, {row.size[0]}×{row.size[1]} | {row.difference:.0e} | {row.active_sets} | "
+            f"| {row.model}, {row.size[0]}×{row.size[1]} | {row.difference:.0e} | {row.active_sets} | "
             f"{dense} | {static} | {dynamic} | {row.ms['dynamic'] / row.ms['dense']:.2f} | {engine} |"
         )
     return "\n".join(lines)
 
 
 @click.command()
-@click.argument("families", nargs=-1, type=click.Choice(list(FAMILIES)), metavar="[FAMILY]...")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--ratio", type=click.FloatRange(0, 1, max_open=True), default=0.5, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads for one operator.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that are timed.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the numbers to this file.")
-def main(families: tuple[str, ...], ratio: float, threads: int, repeats: int, file: Path | None) -> None:
-    """ONNX Runtime against PyTorch, one model of each of ten families (or of those named).
+def main(models: tuple[str, ...], ratio: float, threads: int, repeats: int, file: Path | None) -> None:
+    """ONNX Runtime against PyTorch, for one timm model after the other.
 
     \b
-      python -m gatedprune.export.check
-      python -m gatedprune.export.check resnet "vision transformer" --ratio 0.7
+      python -m gatedprune.export.check resnet18 vit_tiny_patch16_224
+      python -m gatedprune.export.check mobilenetv3_small_050 --ratio 0.7
 
     Exit code 1 where one of them cannot be exported, or gives other numbers. Weights are random.
     """
+    unknown = [name for name in models if not timm.is_model(name)]
+    if unknown:
+        raise click.UsageError(f"timm {timm.__version__} has no model {unknown[0]!r}.")
     rows, failed = [], []
-    for family in families or FAMILIES:
-        name = FAMILIES[family]
+    for name in models:
         click.echo(f"checking {name}", err=True)
         try:
-            rows.append(check_model(name, family=family, ratio=ratio, repeats=repeats, threads=threads))
+            rows.append(check_model(name, ratio=ratio, repeats=repeats, threads=threads))
         except (GatedPruneError, ImportError) as error:
-            failed.append(f"{family}, {name}: {error}")
+            failed.append(f"{name}: {error}")
     if rows:
         click.echo(table(rows))
     if file is not None:

@@ -84,7 +84,7 @@ def test_the_command_takes_shards_and_patterns(root: Path, tmp_path: Path) -> No
     runner = CliRunner()
     done = runner.invoke(main, ["architectures", "--data", str(tmp_path), "--only", "test_resnet"])
     assert done.exit_code == 0 and "1 run" in done.output, done.output
-    assert re.match(r"1/1, 0:00:00 left  resnet +test_resnet +7 sites +\d+\.\d s\n", done.output)
+    assert re.match(r"1/1, 0:00:00 left  resnet +test_resnet +10 sites +\d+\.\d s\n", done.output)
     assert list(Table(tmp_path / "architectures.jsonl").rows()) == ["test_resnet"]
     done = runner.invoke(main, ["architectures", "--data", str(tmp_path), "--only", "test_resnet"])
     assert "0 run, 1 of 1 were done before" in done.output
