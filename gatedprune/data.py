@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, DataError
 from .sites import normalise_inputs
+from .wrapping import GatedModel
 
-__all__ = ["Images", "read_images", "top1"]
+__all__ = ["Images", "read_images", "top1", "transform_of"]
 
 
 class Images:
@@ -31,12 +32,15 @@ class Images:
         names: Path of each image inside the folder or the tar.
         labels: (N,) int64, the class index of each image; None where there are none that fit.
         why: Why there are no labels; empty where there are.
+        folders: Names of the folders that the images lie in, alphabetically; None where there is but one.
+        folder_of: (N,) int64, the folder of each image, as an index into ``folders``; None where that is None.
     """
 
     def __init__(self, reader: Any, transform: Any, names: Sequence[str], labels: Tensor | None, why: str,
                  indices: Sequence[int], batch: int) -> None:  # fmt: skip
         self._reader, self._transform, self._indices, self.batch = reader, transform, tuple(indices), batch
         self.names, self.labels, self.why = tuple(names), labels, why
+        self.folders, self.folder_of = _folders(reader, indices)
 
     def __len__(self) -> int:
         """How many batches."""
@@ -72,7 +76,7 @@ def read_images(path: str | os.PathLike[str], model: nn.Module, *, size: tuple[i
     Args:
         path: A folder with images, in a folder for each class or not; or a .tar of such a folder.
         model: Its timm configuration says size, crop, mean and standard deviation; without one, timm's defaults.
-        size: (H, W) in pixels; default: of the configuration.
+        size: (H, W) in pixels; default: what a gated model was wrapped for, else of the configuration.
         labels: A CSV with the columns ``file`` (name or path of the image) and ``class_index``.
         limit: Take this many, spread evenly over all of them; None: all.
         batch: Images in a batch.
@@ -89,15 +93,27 @@ def read_images(path: str | os.PathLike[str], model: nn.Module, *, size: tuple[i
     count = len(names) if limit is None else min(limit, len(names))
     indices = [i * len(names) // count for i in range(count)]  # class folders come one after the other
     chosen = [names[i] for i in indices]
-    shape = tuple(normalise_inputs(model, None)[0].shape[1:])
-    config = resolve_model_data_config(model, {"input_size": (shape[0], *(size or shape[1:]))})
-    transform = create_transform(**config)
+    transform = transform_of(model, size)
     why = ""
     if labels is not None:
         found: Tensor | None = _from_table(Path(labels), chosen)
     else:
         found, why = _from_folders(reader, indices, getattr(model, "num_classes", None))
     return Images(reader, transform, chosen, found, why, indices, batch)
+
+
+def transform_of(model: nn.Module, size: tuple[int, int] | None = None) -> Any:
+    """timm's evaluation transform for a model: PIL image → (C, H, W).
+
+    Args:
+        model: Its timm configuration tells mean, deviation, crop and interpolation; timm's defaults, where it has none.
+        size: (H, W) in pixels; default: what a gated model was wrapped for, else of the configuration.
+    """
+    shape = tuple(normalise_inputs(model, None)[0].shape[1:])
+    if size is None and isinstance(model, GatedModel):
+        shape = next((tuple(a.shape[1:]) for a in model._gatedprune_inputs if getattr(a, "ndim", 0) == 4), shape)
+    config = resolve_model_data_config(model, {"input_size": (shape[0], *(size or shape[1:]))})
+    return create_transform(**config, is_training=False)
 
 
 def top1(outputs: Tensor, labels: Tensor) -> float:
@@ -135,19 +151,25 @@ def _from_table(table: Path, names: Sequence[str]) -> Tensor:
     return torch.tensor(found)
 
 
-def _from_folders(reader: Any, indices: Sequence[int], classes: int | None) -> tuple[Tensor | None, str]:
-    """Labels by the names of folders, or None and why not."""
+def _folders(reader: Any, indices: Sequence[int]) -> tuple[tuple[str, ...] | None, Tensor | None]:
+    """The folders that a reader found, by number, and that of each image; None twice where there is but one."""
     known: Mapping[str, int] = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", {})
     if len(known) < 2:
+        return None, None
+    targets = getattr(reader, "targets", None)
+    numbers = np.asarray([sample[1] for sample in reader.samples] if targets is None else targets)
+    return tuple(sorted(known, key=known.__getitem__)), torch.tensor([int(numbers[i]) for i in indices])
+
+
+def _from_folders(reader: Any, indices: Sequence[int], classes: int | None) -> tuple[Tensor | None, str]:
+    """Labels by the names of folders, or None and why not."""
+    names, numbers = _folders(reader, indices)
+    if names is None or numbers is None:
         return None, "the images do not lie in a folder for each class"
     info = ImageNetInfo("imagenet-1k")
     synsets = {info.index_to_label_name(i): i for i in range(info.num_classes())}
-    if classes == len(synsets) and set(known) <= set(synsets):
-        order = {number: synsets[name] for name, number in known.items()}
-    elif classes == len(known):
-        order = {number: number for number in known.values()}
-    else:
-        return None, f"there are {len(known)} folders, and the model has {classes} classes"
-    targets = getattr(reader, "targets", None)
-    numbers = np.asarray([sample[1] for sample in reader.samples] if targets is None else targets)
-    return torch.tensor([order[int(numbers[i])] for i in indices]), ""
+    if classes == len(synsets) and set(names) <= set(synsets):
+        return torch.tensor([synsets[name] for name in names])[numbers], ""
+    if classes == len(names):
+        return numbers, ""
+    return None, f"there are {len(names)} folders, and the model has {classes} classes"

@@ -54,7 +54,7 @@ def test_usage_draws(run: Run, saved: Path, photos: Path, tmp_path: Path) -> Non
 
 def test_usage_says_what_is_wrong(run: Run, saved: Path, photos: Path, tmp_path: Path) -> None:
     result = run("usage", saved, "--images", tmp_path / "nothing")
-    assert result.exit_code == 1 and "neither a folder nor a .tar file" in result.output
+    assert result.exit_code == 1 and "is not there: give a folder with images" in result.output
     result = run("usage", saved, "--images", photos / "cat", "--plot-classes", tmp_path / "c.svg")
     assert result.exit_code == 2 and "--plot-classes needs classes" in result.output
     assert run("usage", saved).exit_code == 2

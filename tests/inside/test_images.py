@@ -59,12 +59,14 @@ def test_folder_and_tar_have_classes_where_folders_tell(folder: Path, model: tor
 
 
 def test_refusals(folder: Path, model: torch.nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="neither a folder nor a .tar file"):
+    with pytest.raises(DataError, match="is not there: give a folder"):
         image_set(model, tmp_path / "nothing")
-    with pytest.raises(DataError, match="No image was found in"):
+    with pytest.raises(DataError, match="holds no image that timm can read"):
         image_set(model, tmp_path)
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(DataError, match=r"text.jpg cannot be read as an image"):
         load_images(model, [folder / "cat/0.png", tmp_path / "text.jpg"])
     with pytest.raises(DataError, match=r"missing.jpg cannot be read as an image"):
         load_images(model, [tmp_path / "missing.jpg"])
+    with pytest.raises(DataError, match=r"text.jpg cannot be read .* Replace it, or take it out"):
+        list(image_set(model, tmp_path))
