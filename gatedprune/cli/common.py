@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import nn
 
 from ..config import GateConfig
 from ..errors import GatedPruneError
-from ..io import is_saved, load, load_weights
+from ..io import find_imported, is_saved, load, load_weights
 from ..io import pretrained as load_pretrained
 from ..sites import normalise_inputs
 from ..wrapping import is_gated, unwrap, wrap
@@ -132,13 +130,8 @@ class Model(click.ParamType):
         return Build(value, "timm", build)
 
     def _imported(self, value: str, param: Any, ctx: Any) -> Callable[..., nn.Module]:
-        module, _, name = value.partition(":")
-        if "" not in sys.path:
-            sys.path.insert(0, "")  # as `python -m` has it: modules in the current folder count
         try:
-            target = importlib.import_module(module)
-            for part in name.split("."):
-                target = getattr(target, part)
+            target = find_imported(value)
         except (ImportError, AttributeError, ValueError) as error:
             self.fail(f"{value!r} cannot be imported: {error}", param, ctx)
         if not callable(target):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib
 import json
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from ..compare import prune_static
 from ..errors import CheckpointError, ConfigError, GatedPruneError, ModelError
 from ..files import atomic_folder, read_tensors, write_tensors
-from ..io import is_saved, load, save
+from ..io import find_imported, is_saved, load, save
 from ..sites import find_sites, normalise_inputs
 from ..wrapping import is_gated, unwrap, wrap
 from .data import check_outputs
@@ -157,13 +155,8 @@ def _head(weights: str, name: str) -> int | None:
 
 
 def _imported(value: str) -> nn.Module:
-    module, _, name = value.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` has it: modules in the current folder count
     try:
-        target: Any = importlib.import_module(module)
-        for part in name.split("."):
-            target = getattr(target, part)
+        target = find_imported(value)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"The model {value!r} cannot be imported: {error}.") from error
     model = target() if callable(target) else target
