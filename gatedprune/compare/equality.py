@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..engine import CompactModel
 from ..errors import ModelError
+from ..precision import ROUNDING_FACTOR, nearby
 from ..sites import evaluating
 from ..wrapping import GatedModel
 
@@ -21,11 +22,8 @@ __all__ = ["Equality", "check_equality"]
 # Both paths in float64 differ by rounding only, in another order of summation: 2⁻⁵³ ≈ 1e-16 a step, a few
 # thousand terms a sum, some hundred layers. A wrong channel is off by the size of the output itself.
 LOGIC_TOLERANCE = 1e-9
-# In the model's own precision the fast path may be off by as much again as plain PyTorch is.
-ROUNDING_FACTOR = 2.0
-# … on average over this many outputs, which a small head at batch 1 needs several inputs for. One early rounding moves
-# all outputs of an input together, so that a single input may be unlucky: what looks wrong is tried on more of them.
-ENOUGH_VALUES, MOST_VARIANTS = 64, 8
+# Rounding is judged over this many outputs at least, which a small head at batch 1 needs several inputs for.
+ENOUGH_VALUES = 64
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def check_equality(gated: GatedModel, fast: CompactModel, inputs: tuple[Any, ...
     exact_gated, exact_fast = copy.deepcopy(gated).double(), copy.deepcopy(fast).double()
     seen = _Outputs()
     with torch.no_grad():
-        for one in _variants(inputs):
+        for one in nearby(inputs):
             exact_one = tuple(_double(value) for value in one)
             seen.reference += _outputs(exact_gated, exact_one)
             seen.exact += _outputs(exact_fast, exact_one)
@@ -115,19 +113,6 @@ def check_equality(gated: GatedModel, fast: CompactModel, inputs: tuple[Any, ...
             "Please report this with the model's name."
         )
     return found
-
-
-def _variants(inputs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The inputs, and then some near them: rounding errors of a handful of outputs are luck."""
-    yield inputs
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(MOST_VARIANTS - 1):
-        yield tuple(
-            value * (1 + 0.1 * torch.randn(value.shape, generator=generator).to(value))
-            if isinstance(value, Tensor) and value.is_floating_point()
-            else value
-            for value in inputs
-        )
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:

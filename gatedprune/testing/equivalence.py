@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..precision import ROUNDING_FACTOR, nearby
 from .case import Case, outputs
 from .choice import EXACT, difference, scale_of
 from .oracle import removed
 
 __all__ = ["check_compact_float32", "check_compact_float64", "check_static"]
 
-ROUNDING = 2.0  # in low precision the fast path may be off by as much again as plain PyTorch
 FLOOR = 4 * torch.finfo(torch.float32).eps
 
 
@@ -73,32 +75,72 @@ def check_compact_float64(case: Case) -> str:
 def check_compact_float32(case: Case) -> str:
     """In float32 the compact model is at most twice as far from the float64 reference as the masked model is.
 
-    Samples for which rounding made one of them choose another channel are left out, and the note says how
-    many.
+    Samples for which rounding made one of them choose another channel are left out, and the note says how many.
+    Where the case's own samples say otherwise, all of eight inputs near them decide together: one early rounding
+    moves everything behind it, so that three samples may be mere luck.
     """
     exact, masked = case.gated(torch.float64), case.gated()
-    reference = outputs(exact, case.inputs(torch.float64))
-    plain, fast = outputs(masked, case.inputs()), outputs(case.compacted, case.inputs())
-    chosen = case.compacted.last_active
-    alike = torch.ones(len(plain[0]), dtype=torch.bool)
-    for name, gate in masked.gates.items():
-        wanted = exact.gates[name].last_active
-        for active in (gate.last_active, chosen[name]):
-            assert active is not None and wanted is not None
-            alike &= (active == wanted).all(1).cpu()
-    assert alike.any(), f"{case.name}: float32 chose other channels for every sample, so that nothing can be compared"
-    keep = [[v[alike].double() for v in values] for values in (reference, plain, fast)]
-    scale = scale_of(keep[0])
-    ours, theirs = (_rms(values, keep[0]) / scale for values in (keep[2], keep[1]))
-    assert ours <= ROUNDING * theirs + FLOOR, (
-        f"{case.name}: in float32 the compact model is off by {ours:.1e} from float64, the masked one by {theirs:.1e}"
+    seen = _Precision()
+    for number, args in enumerate(nearby(case.inputs())):
+        double = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        reference, plain = outputs(exact, double), outputs(masked, args)
+        fast = outputs(case.compacted, args)
+        chosen = case.compacted.last_active
+        alike = torch.ones(len(plain[0]), dtype=torch.bool)
+        for name, gate in masked.gates.items():
+            wanted = exact.gates[name].last_active
+            for active in (gate.last_active, chosen[name]):
+                assert active is not None and wanted is not None
+                alike &= (active == wanted).all(1).cpu()
+        seen.add(alike, reference, plain, fast)
+        if number == 0 and seen.samples and seen.good:
+            break
+    assert seen.samples, f"{case.name}: float32 chose other channels for every sample, so that nothing can be compared"
+    assert seen.good, (
+        f"{case.name}: in float32 the compact model is off by {seen.ours:.1e} from float64, the masked one by "
+        f"{seen.theirs:.1e}, over {seen.samples} samples"
     )
-    left = int((~alike).sum())
-    return f"{ours:.1e} against {theirs:.1e}" + (
-        f"; {left} samples left out, rounding decided a near-tie" if left else ""
+    return f"{seen.ours:.1e} against {seen.theirs:.1e} over {seen.samples} samples" + (
+        f"; {seen.left_out} left out, rounding decided a near-tie" if seen.left_out else ""
     )
 
 
-def _rms(found: list[Tensor], wanted: list[Tensor]) -> float:
-    worst = max(float((a - b).square().mean().sqrt()) for a, b in zip(found, wanted, strict=True))
-    return worst if worst == worst else float("inf")
+class _Precision:
+    """Errors in float32 of the compact and of the masked model, over all samples so far that can be compared."""
+
+    def __init__(self) -> None:
+        self.samples = self.left_out = 0
+        self._ours: list[list[float]] = []  # of each input, of each output: the sum of squares
+        self._theirs: list[list[float]] = []
+
+    def add(self, alike: Tensor, reference: list[Tensor], plain: list[Tensor], fast: list[Tensor]) -> None:
+        """Errors relative to the outputs' size, on the samples that are `alike`."""
+        kept = int(alike.sum())
+        self.samples, self.left_out = self.samples + kept, self.left_out + len(alike) - kept
+        if kept:
+            wanted, theirs, ours = ([v[alike].double() for v in values] for values in (reference, plain, fast))
+            self._ours.append([kept * error for error in _mean_squares(ours, wanted)])
+            self._theirs.append([kept * error for error in _mean_squares(theirs, wanted)])
+
+    @property
+    def ours(self) -> float:
+        return self._worst(self._ours)
+
+    @property
+    def theirs(self) -> float:
+        return self._worst(self._theirs)
+
+    @property
+    def good(self) -> bool:
+        return self.ours <= ROUNDING_FACTOR * self.theirs + FLOOR
+
+    def _worst(self, sums: list[list[float]]) -> float:
+        """Root mean square over all samples, of the output where it is largest."""
+        return max(math.sqrt(sum(output) / self.samples) for output in zip(*sums, strict=True))
+
+
+def _mean_squares(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
+    """Of each output; relative to the largest value of all."""
+    scale = scale_of(wanted)
+    errors = [float(((a - b) / scale).square().mean()) for a, b in zip(found, wanted, strict=True)]
+    return [error if error == error else math.inf for error in errors]

@@ -396,3 +396,24 @@ def test_a_lean_case_holds_one_compact_model_that_is_the_same() -> None:
     assert torch.equal(lean.compacted64(*args), plain.compacted64(*args))
     assert "compacted" not in lean.__dict__ and "compacted" in plain.__dict__
     assert lean.compacted is not None and "compacted64" not in lean.__dict__
+
+
+def test_bad_luck_of_three_samples_is_judged_over_more(case: Case) -> None:
+    """An error in the first call alone is luck; the same in every call is not."""
+    wanted = len(case.inputs()[0])
+
+    def unlucky(calls: int) -> None:
+        left = iter(range(calls))
+
+        def spoil(module: object, x: object, y: torch.Tensor) -> torch.Tensor:
+            return y if next(left, None) is None else y * (1 + 3e-6)
+
+        case.compacted.register_forward_hook(spoil)
+
+    unlucky(1)
+    note = CHECKS["compact_float32"](case)
+    assert note is not None
+    assert f"over {8 * wanted} samples" in note
+    unlucky(100)
+    with pytest.raises(AssertionError, match=f"over {8 * wanted} samples"):
+        CHECKS["compact_float32"](case)

@@ -1,0 +1,15 @@
+import torch
+
+from gatedprune.precision import MOST_INPUTS, nearby
+
+
+def test_nearby_inputs_start_with_the_very_inputs_and_are_alike_at_every_call() -> None:
+    image, flags = torch.rand(2, 3, 4, 4), torch.tensor([True, False])
+    found, again = list(nearby((image, flags))), list(nearby((image, flags)))
+    assert len(found) == MOST_INPUTS
+    assert found[0][0] is image
+    for (one, kept), (other, _) in zip(found[1:], again[1:], strict=True):
+        assert kept is flags
+        assert torch.equal(one, other)
+        assert 0.01 < float(((one - image) / image).abs().mean()) < 0.2
+    assert not torch.equal(found[1][0], found[2][0])
