@@ -46,7 +46,7 @@ _OPTIONS = [
         type=click.IntRange(0),
         default=0,
         metavar="N",
-        help="Fit predictors on N images first.",
+        help="Fit predictors, or choose static channels, on N images first.",
     ),
     _option(
         "--schedule", type=click.Choice(["constant", "step", "cosine"]), default="cosine", help="How the ratio rises."

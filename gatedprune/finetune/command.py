@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from timm.data import resolve_model_data_config
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 from ..files import atomic_write
 from ..measure.environment import environment
 from ..measure.macs import format_macs
-from ..training import calibrate
 from .chance import seed_everything
 from .data import Splits, load_splits
 from .interrupt import Interrupted, stop_on_signal
 from .loop import Trainer, accelerator_for, saved_state
-from .models import Start, build, macs, save_finetuned, teacher
+from .models import build, macs, save_finetuned, teacher
 from .options import FinetuneConfig
 
 __all__ = ["Finetuned", "finetune"]
@@ -87,14 +87,20 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
     accelerator = accelerator_for(config)
     state = saved_state(output / STATE, config, resume, accelerator.is_main_process)
     splits = load_splits(config)
-    start = build(config, splits.classes, None if state is None else state["kept"])
-    _check_same(state, splits, output)
-    model_config = resolve_model_data_config(start.dense, {"input_size": tuple(start.example.shape[1:])})
-    splits.transform(config, model_config)
-    teaches = teacher(config, start, splits.classes)
-    if state is None and config.calibrate and config.mode == "dynamic":
+
+    def transform(model: nn.Module, example: Tensor) -> None:
+        splits.transform(config, resolve_model_data_config(model, {"input_size": tuple(example.shape[1:])}))
+
+    def images(model: nn.Module, example: Tensor) -> Sequence[Tensor]:
         say(f"calibrating on {config.calibrate} images")
-        _calibrate(config, start, splits)
+        transform(model, example)
+        return _calibration_images(config, splits)
+
+    start = build(config, splits.classes, None if state is None else state["kept"],
+                  images if state is None and config.calibrate else None)  # fmt: skip
+    _check_same(state, splits, output)
+    transform(start.dense, start.example)
+    teaches = teacher(config, start, splits.classes)
     if accelerator.is_main_process:
         _open(output, config)
     accelerator.init_trackers("tensorboard")
@@ -136,8 +142,8 @@ def _check_same(state: dict[str, Any] | None, splits: Splits, output: Path) -> N
         )
 
 
-def _calibrate(config: FinetuneConfig, start: Start, splits: Splits) -> None:
-    """Fit the predictors on training images, spread over the classes, as validation images are prepared."""
+def _calibration_images(config: FinetuneConfig, splits: Splits) -> Sequence[Tensor]:
+    """Batches of training images, spread over the classes, prepared as validation images are."""
     count = min(config.calibrate, len(splits.train))
     augmented, splits.train.transform = splits.train.transform, splits.val.transform
     try:
@@ -145,7 +151,7 @@ def _calibrate(config: FinetuneConfig, start: Start, splits: Splits) -> None:
         chosen = [splits.train[i * len(splits.train) // count][0] for i in range(count)]
     finally:
         splits.train.transform = augmented
-    calibrate(start.model, torch.stack(chosen).split(config.batch_size))
+    return torch.stack(chosen).split(config.batch_size)
 
 
 def _open(output: Path, config: FinetuneConfig) -> None:

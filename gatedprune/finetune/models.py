@@ -6,7 +6,7 @@ import copy
 import difflib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..errors import CheckpointError, ConfigError, GatedPruneError, ModelError
 from ..files import atomic_folder, read_tensors, write_tensors
 from ..io import find_imported, is_saved, load, save
 from ..sites import find_sites, normalise_inputs
+from ..training import calibrate
 from ..wrapping import is_gated, unwrap, wrap
 from .data import check_outputs
 from .options import FinetuneConfig
@@ -51,12 +52,16 @@ class Start:
     dense_macs: int
 
 
-def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Tensor] | None = None) -> Start:
+def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Tensor] | None = None,
+          images: Callable[[nn.Module, Tensor], Sequence[Tensor]] | None = None) -> Start:  # fmt: skip
     """Make the model that a configuration asks for. Random weights follow from its seed.
 
     Args:
         classes: Of the data.
         kept: Of a training that is resumed: the channels that stayed.
+        images: Takes the dense model and its example, and gives batches (B, C, H, W) to choose channels by: gates are
+            calibrated on them, and static pruning keeps the channels that contribute most there. Default: gates start
+            as `wrap` made them, and static pruning keeps the channels with the largest weights.
 
     Raises:
         ConfigError: No such model, or options that exclude each other.
@@ -80,6 +85,8 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
         else:
             network = wrap(network, config=config.gates(), example_inputs=example)
         gated: Any = network
+        if images is not None:
+            calibrate(gated, images(dense, example))
         return Start(gated, dense, None, trained_head, example, gated.site_report.macs)
     network = _dense(network)
     if config.mode == "dense":
@@ -88,8 +95,11 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
         raise ConfigError(f"{config.model} is pruned already: go on with it as it is (mode 'dense').")
     if kept is None:
         marked = wrap(copy.deepcopy(network), config=config.gates(), example_inputs=example)
-        report = marked.site_report
-        pruned = prune_static(marked, example_inputs=example, by="torch-pruning")
+        report, keep = marked.site_report, None
+        if images is not None:
+            calibrate(marked, images(network, example), dynamic=False)  # with the same care as gates
+            keep = {name: gate.bias.topk(gate.active_count).indices for name, gate in marked.gates.items()}
+        pruned = prune_static(marked, keep=keep, example_inputs=example, by="torch-pruning")
     else:
         report = find_sites(network, example)
         pruned = prune_static(network, report, keep=kept, example_inputs=example, by="torch-pruning")

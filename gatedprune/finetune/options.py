@@ -35,12 +35,14 @@ class FinetuneConfig:
         train_split, val_split: Names of the splits.
         data_dir: Where named data sets lie. download: fetch them there.
         num_classes: Where the data set does not tell.
-        mode: "dynamic": gates. "static": the same sites pruned once, by magnitude, to the same numbers of channels.
+        mode: "dynamic": gates. "static": the same sites pruned once, to the same numbers of channels.
             "dense": as it is.
         ratio, macs, include, exclude, signed, straight_through: As in `gatedprune.wrap`; static uses them alike.
         pretrained: Start from timm's weights. weights: start from those of this file.
         size: (H, W) in pixels; default: as timm configures the model.
-        calibrate: Fit the predictors on so many training images first (`gatedprune.calibrate`); 0: none.
+        calibrate: Fit the predictors on so many training images first (`gatedprune.calibrate`); static pruning keeps
+            the channels that contribute most on them. 0: gates start as `wrap` makes them, and static pruning keeps the
+            channels with the largest weights.
         epochs, batch_size: Images of one optimiser step, over all processes and accumulated parts together.
         accumulate: Parts into which a batch is split, one after the other.
         lr, opt, momentum, weight_decay, clip_grad: Of timm's optimiser of that name.

@@ -273,6 +273,26 @@ def test_wrong_models_are_told_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def half_silent() -> nn.Module:
+    """Its first eight channels have the largest weights, and give nothing."""
+    model = Small()
+    with torch.no_grad():
+        model.first.weight[:8] *= 100
+        model.second.weight[:, :8] *= 100
+        model.norm.weight[:8], model.norm.bias[:8] = 0.0, -1.0
+    return model
+
+
+@pytest.mark.parametrize(("calibrate", "kept"), [(0, range(8)), (8, range(8, 16))])
+def test_static_pruning_keeps_what_contributes_most(images: Path, tmp_path: Path, calibrate: int, kept: range) -> None:
+    options = config(
+        images, tmp_path / "run", model=f"{__name__}:half_silent", mode="static", calibrate=calibrate, epochs=1
+    )
+    finetune(options, progress=False)
+    described = json.loads((tmp_path / "run" / "model" / "finetuned.json").read_text())
+    assert sorted(described["kept"]["first"]) == list(kept)
+
+
 def test_weights_of_other_classes_start_all_but_the_classifier(images: Path, tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
