@@ -33,6 +33,7 @@ from .options import FinetuneConfig
 
 __all__ = ["DivergedError", "Trainer", "accelerator_for", "is_main_process", "saved_state"]
 
+ONEDNN_BLOCK = 8  # channels in one AVX2 vector
 CHECK_EVERY = 20  # steps between two looks at the loss: each waits for the device
 
 
@@ -95,6 +96,8 @@ class Trainer:
         self.loss = 0.0  # summed over the steps of the epoch begun
         self.log: list[dict[str, float]] = []
         device = accelerator.device
+        if config.channels_last and device.type == "cpu":
+            _check_channels_last(start.model)
         layout: Any = {"memory_format": torch.channels_last} if config.channels_last else {}
         self.model: Any = start.model.to(device, **layout)
         self.gated = self.model if is_gated(self.model) else None
@@ -312,6 +315,23 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.loss, self.log = state["epoch"], state["step"], state["loss"], state["log"]
+
+
+def _check_channels_last(model: nn.Module) -> None:
+    """oneDNN's backward pass (torch 2.6 to 2.15 at least) writes past its memory in strided 1×1 convolutions that read
+    few channels in this layout: `malloc` aborts sooner or later, wherever the program is then.
+
+    Raises:
+        ConfigError: The model has such a convolution.
+    """
+    for name, layer in model.named_modules():
+        if (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
+                and layer.in_channels // layer.groups < ONEDNN_BLOCK):  # fmt: skip
+            raise ConfigError(
+                f"`channels_last` cannot be had on a CPU for this model: the strided 1×1 convolution {name} reads "
+                f"{layer.in_channels // layer.groups} channels, and with fewer than {ONEDNN_BLOCK} oneDNN's backward "
+                "pass damages memory in that layout. Train without it."
+            )
 
 
 def saved_state(path: Path, config: FinetuneConfig, resume: bool, main: bool) -> dict[str, Any] | None:

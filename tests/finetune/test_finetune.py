@@ -273,6 +273,21 @@ def test_wrong_models_are_told_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def strided() -> nn.Module:
+    layers = [nn.Conv2d(3, 16, 3, 2), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1, 2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+def test_a_layout_that_damages_memory_is_refused(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strided 1×1 convolutions that read fewer than eight channels, channels last, on a CPU."""
+    monkeypatch.setattr(loop_module, "_no_device", lambda: True)
+    narrow = {"model": f"{__name__}:strided", "mode": "static", "include": ("1",), "channels_last": True, "epochs": 1}
+    with pytest.raises(ConfigError, match="strided 1×1 convolution 3 reads 4 channels.*Train without it"):
+        finetune(config(images, tmp_path / "narrow", **narrow, ratio=0.75), progress=False)
+    finetune(config(images, tmp_path / "wide", **narrow, ratio=0.5), progress=False)
+    finetune(config(images, tmp_path / "plain", **{**narrow, "channels_last": False}, ratio=0.75), progress=False)
+
+
 def half_silent() -> nn.Module:
     """Its first eight channels have the largest weights, and give nothing."""
     model = Small()
