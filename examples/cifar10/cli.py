@@ -12,10 +12,9 @@ import torch
 
 import gatedprune
 from gatedprune.files import atomic_write
-from gatedprune.finetune import Interrupted
+from gatedprune.finetune import Interrupted, Trials
 from gatedprune.measure import environment
 
-from .grid import Grid
 from .network import PIXELS
 from .report import at_equal_accuracy, draw, measure_times, points, table
 
@@ -70,29 +69,28 @@ def main(data: str, output: Path, model: str, weights: str | None, pixels: int, 
     recipe = {"data": data, "val_split": "test", "size": (pixels, pixels), "batch_size": batch_size, "workers": workers,
               "channels_last": torch.accelerator.is_available(), "min_crop": 0.5, "weight_decay": 5e-4}  # fmt: skip
     network = f"{NETWORKS}:{model}" if model in ("small", "large") else model
-    grid = Grid(output, recipe, {"model": network, "weights": weights, "epochs": epochs, "lr": lr},
+    trials = Trials(output, recipe, {"model": network, "weights": weights, "epochs": epochs, "lr": lr},
                 {"epochs": finetune_epochs, "lr": finetune_lr, "distill": distill, "rise": rise,
-                 "calibrate": calibration_images}, seeds, macs)  # fmt: skip
+                 "calibrate": calibration_images}, macs, "macs", seeds)  # fmt: skip
     try:
         if train:
-            for run in grid:
-                run.train(click.echo)
-        times = measure_times(grid, size=(pixels, pixels), threads=threads, repeats=repeats, say=click.echo) \
+            trials.train(click.echo)
+        times = measure_times(trials, size=(pixels, pixels), threads=threads, repeats=repeats, say=click.echo) \
             if timing else None  # fmt: skip
     except Interrupted:
         raise click.ClickException("Stopped; the state is saved. The same command goes on.") from None
     except gatedprune.GatedPruneError as error:
         raise click.ClickException(str(error)) from error
-    found = points(grid, times)
+    found = points(trials, times)
     click.echo("\n" + table(found))
-    _write(output, grid, found)
+    _write(output, trials, found)
 
 
-def _write(output: Path, grid: Grid, found: list[Any]) -> None:
+def _write(output: Path, trials: Trials, found: list[Any]) -> None:
     result = {"points": [dataclasses.asdict(p) for p in found],
               "dynamic_over_static_at_equal_accuracy": {"macs": at_equal_accuracy(found, lambda p: p.macs),
                                                         "time": at_equal_accuracy(found, lambda p: p.time)},
-              "grid": grid.to_dict(), "environment": dataclasses.asdict(environment())}  # fmt: skip
+              "trials": trials.to_dict(), "environment": dataclasses.asdict(environment())}  # fmt: skip
     text = json.dumps(result, indent=2) + "\n"
     atomic_write(output / "result.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
     try:

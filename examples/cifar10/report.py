@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from gatedprune.compare import compare_models
 from gatedprune.files import atomic_write
-from gatedprune.finetune import load_finetuned
+from gatedprune.finetune import Trials
 
-from .grid import WAYS, Grid
+WAYS = ("static", "dynamic")
 
 __all__ = ["Point", "at_equal_accuracy", "draw", "measure_times", "points", "table"]
 
@@ -52,11 +51,11 @@ class Point:
         return statistics.median(self.ms) if self.ms else None
 
 
-def points(grid: Grid, times: dict[tuple[str, float, int], float] | None = None) -> list[Point]:
+def points(trials: Trials, times: dict[tuple[str, float, int], float] | None = None) -> list[Point]:
     """One for each way and share of which all trainings are done."""
     found: dict[tuple[str, float], list[Any]] = {}
-    for run in grid:
-        found.setdefault((run.way, run.macs), []).append((run, run.result))
+    for run in trials:
+        found.setdefault((run.way, run.budget), []).append((run, run.result))
     done = {key: runs for key, runs in found.items() if all(result is not None for _, result in runs)}
     return [
         Point(way, share, statistics.fmean(r["macs"] / r["dense_macs"] for _, r in runs),
@@ -67,10 +66,10 @@ def points(grid: Grid, times: dict[tuple[str, float, int], float] | None = None)
 
 
 def measure_times(
-    grid: Grid, *, size: tuple[int, int], threads: int, repeats: int, say: Callable[[str], None]
+    trials: Trials, *, size: tuple[int, int], threads: int, repeats: int, say: Callable[[str], None]
 ) -> dict[tuple[str, float, int], float]:
-    """Milliseconds of one image, in one process, dense, static and dynamic in turns; dynamic by the compact engine,
-    after it was checked against the masked model.
+    """Milliseconds of one image, in one process, all models of a seed in turns; dynamic by the compact engine, after it
+    was checked against the masked model.
 
     Returns:
         (way, share, seed) → the median.
@@ -78,15 +77,15 @@ def measure_times(
     torch.manual_seed(0)
     image = torch.randn(1, 3, *size)
     found: dict[tuple[str, float, int], float] = {}
-    for seed in grid.seeds:
-        for share in grid.macs:
-            runs = [grid.dense_run(seed), *(grid.pruned_run(way, share, seed) for way in WAYS)]
-            if any(run.result is None for run in runs):
-                continue
-            say(f"timing seed {seed} at {share:g} of the MACs")
-            dense, static, gated = (load_finetuned(run.model) for run in runs)
-            rows = compare_models(dense, static, gated, image, threads=threads, repeats=repeats).rows
-            found |= {(run.way, run.macs, seed): row.latency.median_ms for run, row in zip(runs, rows, strict=True)}
+    for seed in trials.seeds:
+        if any(trial.result is None for trial in trials if trial.seed == seed):
+            continue
+        say(f"timing seed {seed}")
+        table = trials.compare(image, seed, threads=threads, repeats=repeats)
+        for trial in trials:
+            if trial.seed == seed:
+                name = trial.way if trial.way == "dense" else f"{trial.way} @ {trial.budget:g}"
+                found[trial.way, trial.budget, seed] = table[name].latency.median_ms
     return found
 
 
@@ -152,5 +151,6 @@ def draw(found: Sequence[Point], file: Path) -> None:
                 axes.plot([c], [p.mean], "k*", markersize=12, label="dense", zorder=3)
         axes.set(xlabel=label, ylabel="top-1 [%]", xlim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     atomic_write(file, lambda path: figure.savefig(path, format=file.suffix[1:] or "png", dpi=120))

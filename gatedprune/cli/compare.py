@@ -29,6 +29,7 @@ from .common import (
     size_option,
     written,
 )
+from .training import refuse, trained, trials_of
 
 __all__ = ["command"]
 
@@ -73,6 +74,16 @@ class Accuracy:
               "row; several times.  [default: magnitude-l2; with --calibrate: all]")  # fmt: skip
 @click.option("--combined/--no-combined", default=True, help="Also: half pruned statically, the rest gated.  [default: "
               "combined]")  # fmt: skip
+@click.option("--finetune", "epochs", type=click.IntRange(1), metavar="N", help="Train for N epochs first: dense, then "
+              "static and dynamic from it, all alike. Needs --train, --data and --output.")  # fmt: skip
+@data_option("--train", help="Images to train on, in a folder for each class.")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder for what is trained; the same "
+              "command goes on there.")  # fmt: skip
+@click.option("--lr", type=float, default=0.01, show_default=True, help="Learning rate of the dense training; a "
+              "third of it for the pruned ones.")  # fmt: skip
+@click.option("--train-batch", type=click.IntRange(1), default=64, show_default=True, help="Images in a training step.")
+@click.option("--distill", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Weight of the loss "
+              "against the dense model.")  # fmt: skip
 @size_option
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in a call that is timed.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads for one operator.")
@@ -83,6 +94,7 @@ class Accuracy:
               ".pdf: accuracy over MACs and over ms; without --data, ms over MACs.")  # fmt: skip
 def command(model: Chosen, ratios: list[float] | None, data: Path | None, labels: Path | None, calibrate: Path | None,
             limit: int | None, rankings: tuple[str, ...], combined: bool, size: tuple[int, int] | None, batch: int,
+            epochs: int | None, train: Path | None, output: Path | None, lr: float, train_batch: int, distill: float,
             threads: int, repeats: int, file: Path | None, table: Path | None, plot: Path | None,
             **gating: Any) -> None:  # fmt: skip
     """Dense, static, dynamic, and dynamic after static, at the same sites and with as many channels.
@@ -92,6 +104,7 @@ def command(model: Chosen, ratios: list[float] | None, data: Path | None, labels
       gatedprune compare resnet50 --ratio 0.3,0.5,0.7 --size 192x640 --plot resnet50.svg
       gatedprune compare resnet50 --macs 0.5 --batch 4 --json result.json --csv result.csv
       gatedprune compare resnet50 --pretrained --data val/ --calibrate train/ --limit 500 --ratio 0.1,0.2,0.3
+      gatedprune compare resnet18 --pretrained --finetune 5 --train train/ --data val/ --macs 0.5 --output runs
 
     Accuracy needs --data: a folder or .tar with a folder for each class, or --labels; and weights. Without --calibrate
     the gates choose as magnitude does, the same for all images. Needs the extra `compare` (torch-pruning, thop), a plot
@@ -104,18 +117,35 @@ def command(model: Chosen, ratios: list[float] | None, data: Path | None, labels
             raise click.ClickException("--plot needs matplotlib: pip install 'gatedprune[bench]'.")
         if data is not None or calibrate is not None:
             model.warn()
-        network, options = _gating(model(size), ratios, gating)
         read: dict[str, Any] = {"size": size, "limit": limit}
+        timed: dict[str, Any] = {
+            "threads": threads, "repeats": repeats, "on_row": lambda name: click.echo(f"measuring: {name}", err=True),
+        }  # fmt: skip
+        if epochs is not None:
+            refuse("not with --finetune", labels=labels, calibrate=calibrate, static=rankings)
+            if train is None or data is None or output is None:
+                raise click.UsageError("--finetune needs --train, --data and --output.")
+            recipe = {"data": str(train), "val_data": str(data), "size": size, "batch_size": train_batch}
+            trials = trials_of(model, output, recipe, ratios, gating, epochs=epochs, lr=lr, distill=distill)
+            network = trained(trials)
+            seen = read_images(data, network, **read)
+            found = trials.compare(torch.randn(batch, *image(network, size)), evaluate=Accuracy(seen), **timed)
+            show(found, seen, (f"all trained for {epochs} epochs; static and dynamic start from the dense model",))
+            return
+        refuse("for --finetune", train=train, output=output)
+        network, options = _gating(model(size), ratios, gating)
         images = None if data is None else read_images(data, network, labels=labels, **read)
         batches = None if calibrate is None else read_images(calibrate, network, **read)
         chosen = rankings or (("magnitude-l2",) if batches is None else _STATIC)
         found = run(
             network, torch.randn(batch, *image(network, size)), **options,
             evaluate=None if images is None else Accuracy(images), rankings=chosen, calibrate=batches,
-            combined=combined, threads=threads, repeats=repeats,
-            on_row=lambda name: click.echo(f"measuring: {name}", err=True),
+            combined=combined, **timed,
         )  # fmt: skip
-        notes = found.notes
+        show(found, images)
+
+    def show(found: Any, images: Images | None, notes: tuple[str, ...] = ()) -> None:
+        notes = found.notes + notes
         if images is not None:
             notes += (f"accuracy on {len(images.names)} images of {data}",)
             if images.why:

@@ -103,37 +103,45 @@ def compare(
 
 def compare_models(
     dense: nn.Module,
-    static: nn.Module,
-    gated: nn.Module,
+    static: nn.Module | Mapping[str, nn.Module],
+    gated: nn.Module | Mapping[str, nn.Module],
     example_inputs: Tensor | tuple[Any, ...],
     *,
     evaluate: Evaluate | None = None,
     threads: int | None = 1,
     warmup: int = 3,
     repeats: int = 20,
+    on_row: Callable[[str], None] | None = None,
 ) -> Comparison:
-    """Compare three models that are there already, each fine-tuned as you like.
+    """Compare models that are there already, each fine-tuned as you like.
 
     Args:
         dense: The model without pruning.
-        static: The statically pruned one, from `prune_static`.
-        gated: The gated one, from `wrap`; compacted here.
-        example_inputs, evaluate, threads, warmup, repeats: As in `compare`.
+        static: The statically pruned one, from `prune_static`; or several, by what their rows are to say: "0.5".
+        gated: The gated one, from `wrap`; compacted here. Or several, by the same keys.
+        example_inputs, evaluate, threads, warmup, repeats, on_row: As in `compare`.
 
     Raises:
         ConfigError: `gated` has no gates, or a number is out of its domain.
         ModelError: The compact model does not equal the masked one.
         ImportError: thop is not installed (`pip install gatedprune[compare]`).
     """
-    if not isinstance(gated, GatedModel):
+    statics = static if isinstance(static, Mapping) else {"": static}
+    dynamics = gated if isinstance(gated, Mapping) else {"": gated}
+    if not dynamics or not all(isinstance(one, GatedModel) for one in dynamics.values()):
         raise ConfigError("`gated` of compare_models() has no gates: pass a model that gatedprune.wrap returned.")
-    inputs = _inputs(gated, example_inputs)
-    table = _Table(inputs, evaluate)
+    if statics.keys() != dynamics.keys():
+        raise ConfigError(f"`static` and `gated` of compare_models() have other keys: {[*statics]} and {[*dynamics]}.")
+    first: Any = next(iter(dynamics.values()))
+    inputs = _inputs(first, example_inputs)
+    table = _Table(inputs, evaluate, on_row)
     table.add("dense", "dense", dense)
-    table.add("static", "static", static)
-    table.add_dynamic("dynamic", gated)
-    active = {name: (gate.active_count, gate.channels) for name, gate in gated.gates.items()}
-    return _comparison(gated, table.rows(threads, warmup, repeats), active, inputs, table.notes)
+    for key, one in dynamics.items():
+        table.name(key)
+        table.add("static", "static", statics[key])
+        table.add_dynamic("dynamic", one)  # type: ignore[arg-type]
+    active = {name: (gate.active_count, gate.channels) for name, gate in first.gates.items()}
+    return _comparison(first, table.rows(threads, warmup, repeats), active, inputs, table.notes)
 
 
 class _Table:
@@ -151,7 +159,12 @@ class _Table:
 
     def start(self, ratio: float | None, several: bool) -> None:
         """What follows is at this ratio."""
-        self._ratio, self._suffix = ratio, f" @ {ratio:g}" if several else ""
+        self._ratio = ratio
+        self.name(f"{ratio:g}" if several else "")
+
+    def name(self, key: str) -> None:
+        """What follows is told from other rows by this."""
+        self._suffix = f" @ {key}" if key else ""
 
     def add(self, name: str, kind: str, model: nn.Module, counted: nn.Module | None = None, **more: Any) -> None:
         """``counted``: the model whose parameters count, where that is another."""

@@ -1,7 +1,8 @@
 """Fine-tuning a gated, a pruned or a dense model with one recipe: timm's parts on Hugging Face Accelerate.
 
 `options` say what to do, `data` and `models` make what is trained and on what, `loop` trains, `checkpoint` keeps the
-state, `chance` makes every random draw a function of its place, `command` puts them together. Needs the extra `train`.
+state, `chance` makes every random draw a function of its place, `command` puts them together; `trials` are several
+trainings that are to be compared. Needs the extra `train`.
 """
 
 try:
@@ -15,6 +16,7 @@ from .interrupt import Interrupted
 from .loop import DivergedError, Trainer, is_main_process
 from .models import load_finetuned
 from .options import FinetuneConfig
+from .trials import Trial, Trials
 
 __all__ = [
     "RESULT",
@@ -23,6 +25,8 @@ __all__ = [
     "Finetuned",
     "Interrupted",
     "Trainer",
+    "Trial",
+    "Trials",
     "finetune",
     "is_main_process",
     "load_finetuned",

@@ -73,6 +73,49 @@ def test_a_dense_model_with_patterns_and_a_budget(run: Run) -> None:
     assert 0.7 * dense < dynamic <= 0.8 * dense
 
 
+def test_trained_first_all_alike(run: Run, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="needs the extra train")
+    command = ["compare", "test_resnet", "--finetune=1", "--train", images, "--data", images, "--train-batch=6",
+               "--ratio=0.5,0.25", "--include=layer*", "--lr=0.03", "--output", tmp_path / "out", "--size=64",
+               "--repeats=1"]  # fmt: skip
+    # Nobody validates on what was trained on.
+    assert "would use the same images" in run(*command).output
+    other = tmp_path / "other"
+    for folder in "abc":
+        (other / folder).mkdir(parents=True)
+        for file in (images / folder).iterdir():
+            (other / folder / file.name).write_bytes(file.read_bytes())
+    command[command.index("--data") + 1] = other
+    result = run(*command, "--json", tmp_path / "r.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "r.json").read_text())
+    names = ["dense", "static @ 0.5", "dynamic @ 0.5", "static @ 0.25", "dynamic @ 0.25"]
+    assert [row["name"] for row in found["rows"]] == names
+    for row in found["rows"]:  # what training found in the end is what the table says
+        way, _, ratio = row["name"].partition(" @ ")
+        written = json.loads(
+            (tmp_path / "out" / (f"{way}-{ratio}-0" if ratio else "dense-0") / "result.json").read_text()
+        )
+        assert row["metrics"]["top1 %"] == pytest.approx(written["top1"])
+        assert written["options"]["lr"] == pytest.approx(0.03 if way == "dense" else 0.01)
+        assert written["epochs"] == 1
+    again = run(*command, "--lr=0.05")
+    assert again.exit_code == 1 and "trained with other options (lr: 0.03, now 0.05)" in again.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--finetune=1", "--data={images}"], "--finetune needs --train, --data and --output"),
+        (["--train={images}"], "--train: for --finetune"),
+        (["--finetune=1", "--calibrate={images}"], "--calibrate: not with --finetune"),
+    ],
+)
+def test_what_training_first_needs(run: Run, images: Path, arguments: list[str], why: str) -> None:
+    result = run("compare", "test_resnet", "--size=32", *(a.format(images=images) for a in arguments))
+    assert result.exit_code == 2 and why in " ".join(result.output.replace("│", " ").split()), result.output
+
+
 def test_accuracy_counts_labels_and_agreement(images: Path) -> None:
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 3))
     model.num_classes = 3  # type: ignore[assignment]
