@@ -82,7 +82,7 @@ class Accuracy:
 @click.option("--lr", type=float, default=0.01, show_default=True, help="Learning rate of the dense training; a "
               "third of it for the pruned ones.")  # fmt: skip
 @click.option("--train-batch", type=click.IntRange(1), default=64, show_default=True, help="Images in a training step.")
-@click.option("--distill", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Weight of the loss "
+@click.option("--distill", type=float, default=0.5, show_default=True, help="Weight, in [0, 1], of the loss "
               "against the dense model.")  # fmt: skip
 @size_option
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in a call that is timed.")
