@@ -19,13 +19,13 @@ types:
 	$(PYTHON) -m mypy
 
 tests:
-	$(PYTHON) -m pytest --ignore=tests/test_docs.py --ignore=tests/test_site.py
+	$(PYTHON) -m pytest -n auto --dist worksteal --ignore=tests/test_docs.py --ignore=tests/test_site.py
 
 # The oldest torch and timm that setup.cfg allows, in an environment of their own (some 6 GB).
 tests-oldest:
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/pip install -q -c constraints-oldest.txt -e '.[test]'
-	build/oldest/bin/python -m pytest
+	build/oldest/bin/python -m pytest -n auto --dist worksteal
 
 # The site is left in build/site.
 docs:

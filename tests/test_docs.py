@@ -53,7 +53,7 @@ def readme_commands() -> list[str]:
 def test_readme_has_one_command_for_the_demo_and_one_for_the_tests() -> None:
     demo, tests = readme_commands()
     assert demo.endswith("-m gatedprune.examples.kitti demo")
-    assert tests.endswith("-m pytest")
+    assert tests.endswith("-m pytest -n auto --dist worksteal")
 
 
 def test_ci_runs_the_readme_command() -> None:

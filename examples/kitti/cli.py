@@ -12,6 +12,7 @@ import torch
 
 import gatedprune
 from gatedprune.errors import CheckpointError, ConfigError, GatedPruneError
+from gatedprune.training import stop_on_signal
 
 from .augment import AUGMENTATIONS
 from .checkpoint import ModelSpec, load_model, save_model
@@ -23,7 +24,7 @@ from .layouts import Frame, find_frames
 from .options import build_parser
 from .plots import save_picture
 from .predict import find_images, predict_images
-from .train import TrainConfig, Trainer, stop_on_interrupt
+from .train import TrainConfig, Trainer
 
 __all__ = ["main"]
 
@@ -109,7 +110,7 @@ def _train(options: argparse.Namespace) -> int:
     print(
         f"Training {spec.backbone} on {len(trainer.dataset)} frames, {config.epochs} epochs, output in {options.out}."
     )
-    with stop_on_interrupt() as stop:
+    with stop_on_signal() as stop:
         finished = trainer.fit(progress=not options.quiet, stop=stop)
     if not finished:
         print(

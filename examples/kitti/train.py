@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from gatedprune.errors import ConfigError, DataError, GatedPruneError
 from .checkpoint import ModelSpec, load_state, save_state
 from .datasets import DepthDataset, EpochSampler
 
-__all__ = ["TrainConfig", "Trainer", "TrainingDivergedError", "stop_on_interrupt"]
+__all__ = ["TrainConfig", "Trainer", "TrainingDivergedError"]
 
 
 class TrainingDivergedError(GatedPruneError, RuntimeError):
@@ -276,29 +273,3 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-
-
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C (or SIGTERM) into a request that the yielded function tells; the second one
-    interrupts.
-
-    An exception could strike in the middle of an optimiser step, and leave a state that no run ever had.
-    """
-    asked = False
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

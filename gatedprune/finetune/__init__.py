@@ -11,8 +11,8 @@ try:
 except ImportError as error:
     raise ImportError("Fine-tuning needs accelerate and tqdm: pip install 'gatedprune[train]'.") from error
 
+from ..training import Interrupted
 from .command import RESULT, Finetuned, finetune
-from .interrupt import Interrupted
 from .loop import DivergedError, Trainer, is_main_process
 from .models import load_finetuned
 from .options import FinetuneConfig

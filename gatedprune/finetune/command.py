@@ -19,9 +19,9 @@ from ..errors import CheckpointError, ConfigError
 from ..files import atomic_write
 from ..measure.environment import environment
 from ..measure.macs import format_macs
+from ..training import Interrupted, stop_on_signal
 from .chance import seed_everything
 from .data import Splits, load_splits
-from .interrupt import Interrupted, stop_on_signal
 from .loop import Trainer, accelerator_for, saved_state
 from .models import build, macs, save_finetuned, teacher
 from .options import FinetuneConfig

@@ -22,12 +22,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import ConfigError, GatedPruneError
-from ..training import Distillation, RatioSchedule
+from ..training import Distillation, Interrupted, RatioSchedule
 from ..wrapping import is_gated
 from .chance import STEP, EpochSampler, SeededDataset, seed_everything
 from .checkpoint import read_state, sweep, write_state
 from .data import Splits
-from .interrupt import Interrupted
 from .models import Start
 from .options import FinetuneConfig
 

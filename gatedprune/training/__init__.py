@@ -3,13 +3,15 @@
 `contribution` measures what each channel gives to the layers that read it (`reader`), `moments` accumulates it, `ridge`
 fits the predictors, `matching` follows what suppression does to batch norms, and `calibration` puts it all in place.
 `allocation` gives each site its ratio, `thresholds` its T; `oracle` chooses with hindsight, as a yardstick. For
-training, `schedule` raises the ratio and `distillation` compares with the dense model.
+training, `schedule` raises the ratio, `distillation` compares with the dense model, and `interrupt` makes Ctrl-C a
+request.
 """
 
 from .allocation import Allocation, allocate
 from .calibration import Calibration, SiteFit, calibrate, held_out_r2, match_norms
 from .contribution import Contributions
 from .distillation import Distillation, feature_loss, logit_loss, map_loss
+from .interrupt import Interrupted, stop_on_signal
 from .oracle import OracleChoice
 from .schedule import RatioSchedule
 from .thresholds import SiteThreshold, ThresholdFit, fit_thresholds
@@ -20,6 +22,7 @@ __all__ = [
     "Calibration",
     "Contributions",
     "Distillation",
+    "Interrupted",
     "OracleChoice",
     "RatioSchedule",
     "SiteFit",
@@ -34,4 +37,5 @@ __all__ = [
     "map_loss",
     "match_norms",
     "most_used",
+    "stop_on_signal",
 ]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from gatedprune.examples.kitti.checkpoint import ModelSpec
 from gatedprune.examples.kitti.datasets import DepthDataset
 from gatedprune.examples.kitti.layouts import find_frames
 from gatedprune.examples.kitti.synthetic import SyntheticSample
-from gatedprune.examples.kitti.train import TrainConfig, Trainer, TrainingDivergedError, stop_on_interrupt
+from gatedprune.examples.kitti.train import TrainConfig, Trainer, TrainingDivergedError
 
 CONFIG = TrainConfig(epochs=3, batch_size=2, lr=1e-3, schedule="cosine")
 
@@ -152,19 +149,3 @@ def test_configuration_errors(spec: ModelSpec) -> None:
         TrainConfig(optimizer="adam")
     with pytest.raises(DataError, match="no frames to train on"):
         make(DepthDataset([]), spec)
-
-
-def test_ctrl_c_asks_once_and_interrupts_the_second_time() -> None:
-    # A shell starts what runs in the background with Ctrl-C ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with stop_on_interrupt() as stop:
-            assert not stop()
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop()
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-                threading.Event().wait(5)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
