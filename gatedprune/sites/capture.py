@@ -126,7 +126,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
         with _unchanged(model), evaluating(model), suspended(model), torch.no_grad(), warnings.catch_warnings():
             # Of caches that a forward pass fills (attention biases, position grids): `_unchanged` takes them out again.
             warnings.filterwarnings("ignore", "The tensor attributes? ", UserWarning)
-            program = torch.export.export(model, args, dynamic_shapes=shapes)
+            program = _exported(model, args, shapes)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} could not be traced by torch.export on inputs of shape "
@@ -141,6 +141,17 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
     join_rms_norms(captured)
     join_response_norms(captured)
     return captured
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], shapes: Any) -> Any:
+    try:
+        return torch.export.export(model, args, dynamic_shapes=shapes)
+    except Exception:
+        if inspect.signature(torch.export.export).parameters["strict"].default is False:
+            raise
+        # Up to torch 2.6 it goes through dynamo, and fails on a bare layer if dynamo remembers another of its kind.
+        torch._dynamo.reset()
+        return torch.export.export(model, args, dynamic_shapes=shapes)
 
 
 def _name_modules_once(model: nn.Module, captured: fx.GraphModule) -> None:
