@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from ..engine import CompactModel, NarrowConv2d, NarrowLinear, Selector
 from ..gates import Gate
@@ -145,7 +145,7 @@ def _mean(counts: list[MacCount]) -> MacCount:
 def _count(model: nn.Module, arguments: tuple[Any, ...], thop: ModuleType) -> MacCount:
     """`count_macs` of a copy that may be spoilt."""
     batch = first_tensor(arguments).shape[0]
-    with FlopCounterMode(display=False) as operators:
+    with _flop_counter() as operators:
         ledger = _Ledger(model, operators)
         thop.profile(model, arguments, custom_ops=ledger.custom_ops(), verbose=False)
     everything = operators.get_total_flops() // 2
@@ -170,9 +170,21 @@ def flop_counter_macs(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> int
     """
     arguments = as_arguments(inputs, "flop_counter_macs()")
     model = copy.deepcopy(model).requires_grad_(False).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as operators:
+    with torch.no_grad(), _flop_counter() as operators:
         model(*arguments)
     return _each(operators.get_total_flops() // 2, first_tensor(arguments).shape[0])
+
+
+def _attention_flop(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    flop: int = sdpa_flop_count(query, key, value)
+    return flop
+
+
+def _flop_counter() -> FlopCounterMode:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    # torch 2.6 does not count attention on CPUs.
+    missing = {} if attention in flop_registry else {attention: _attention_flop}
+    return FlopCounterMode(display=False, custom_mapping=missing)
 
 
 class _Ledger:

@@ -144,14 +144,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], shapes: Any) -> Any:
-    try:
-        return torch.export.export(model, args, dynamic_shapes=shapes)
-    except Exception:
-        if inspect.signature(torch.export.export).parameters["strict"].default is False:
-            raise
-        # Up to torch 2.6 it goes through dynamo, and fails on a bare layer if dynamo remembers another of its kind.
-        torch._dynamo.reset()
-        return torch.export.export(model, args, dynamic_shapes=shapes)
+    # Up to torch 2.6 `export` goes through dynamo, which does not look into PyTorch's own modules, and so loses the
+    # names of what is in an nn.Sequential.
+    own = {"strict": False} if type(model).__module__.startswith("torch.") else {}
+    return torch.export.export(model, args, dynamic_shapes=shapes, **own)  # type: ignore[arg-type]
 
 
 def _name_modules_once(model: nn.Module, captured: fx.GraphModule) -> None:
