@@ -133,9 +133,16 @@ class _Progress:
 
 
 def _versions() -> Record:
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=Path(__file__).parent,
-                          capture_output=True, text=True, check=False)  # fmt: skip
-    return {"commit": done.stdout.strip() or "unknown", "timm": timm.__version__, "torch": torch.__version__}
+    def git(*words: str) -> str:
+        ran = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return ran.stdout.strip()
+
+    # Of the sources: the sweep itself changes the tables, which lie in the same repository.
+    commit = git("rev-parse", "--short=10", "HEAD") or "unknown"
+    changed = (
+        "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", str(Path(__file__).parents[1])) else ""
+    )
+    return {"commit": commit + changed, "timm": timm.__version__, "torch": torch.__version__}
 
 
 if __name__ == "__main__":
