@@ -39,7 +39,8 @@ class Cell:
         batch: Images a call.
         threads: Threads PyTorch used for one operator.
         macs: "dense", "static", "dynamic" → MACs per sample that are really executed; static only where it exists.
-        latency: The same names, and "static, RUNTIME" for each runtime asked for → time of a call on the whole batch.
+        latency: The same names, "static, RUNTIME" for each runtime asked for, and "dynamic, compile" where compile is
+            among them → time of a call on the whole batch.
         error: Largest difference of dynamic from masked, relative to the largest output, in the model's precision.
         notes: Why a column is missing.
     """
@@ -104,7 +105,7 @@ class Benchmark:
         write_json(self.to_dict(), path)
 
     def __str__(self) -> str:
-        runtimes = list(dict.fromkeys(n for c in self.cells for n in c.latency if n.startswith("static, ")))
+        runtimes = list(dict.fromkeys(n for c in self.cells for n in c.latency if ", " in n))
         head = ["size", "ratio", "batch", "threads", "dense ms", "static", "dynamic", "p20–p80", "dynamic/static"]
         table = [[*head, *(f"{n} ms" for n in runtimes), "dense/dynamic", "MACs", "realised"]]
         for cell in self.cells:
@@ -177,7 +178,7 @@ def bench(
         model: A dense model. Stays as it is.
         sizes: (H, W) of the images.
         ratios, batches, threads: What else is varied; every combination is a cell.
-        runtimes: Also time the static model in these: names of `RUNTIMES`.
+        runtimes: Also time the static model in these, names of `RUNTIMES`; with "compile" the dynamic one too.
         backend, tune: See `compact`.
         warmup, repeats: See `measure_latency`.
         on_cell: Called with each cell as it is done, for a progress bar.
@@ -213,8 +214,11 @@ def bench(
             x = torch.randn(batch, 3, *size)
             difference = check_equality(gated, fast, (x,)).native
             timed = dict(models)
+            torch._dynamo.reset()  # what was compiled for other cells; not between those of one cell
             for runtime in runtimes if "static" in models else ():
                 timed[f"static, {runtime}"] = RUNTIMES[runtime](models["static"], x, max(threads))
+            if "compile" in runtimes:
+                timed["dynamic, compile"] = _compiled(fast, x, max(threads))
             for count in threads:
                 latency = measure_latency(timed, x, threads=count, warmup=warmup, repeats=repeats)
                 cells.append(Cell(size, ratio, batch, count, macs, latency, difference, tuple(notes)))
@@ -233,7 +237,6 @@ def _compiled(model: nn.Module, x: Tensor, threads: int) -> Callable[[Tensor], A
     """`torch.compile` with weights frozen into the code."""
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()
     with inductor.patch(freezing=True), torch.no_grad():
         compiled = torch.compile(copy.deepcopy(model).eval())
         compiled(x)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 from gatedprune.compare import bench as module
 from gatedprune.compare.bench import Benchmark, Cell, bench
@@ -64,6 +65,25 @@ def test_static_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     found = bench(timm.create_model("test_resnet").eval(), [(64, 64)], repeats=1, warmup=0)
     assert set(found.cells[0].latency) == {"dense", "dynamic"}
     assert "it cannot be cut" in str(found)
+
+
+def test_what_compiles_is_compiled_for_both_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Static and dynamic alike, and none is thrown away when the next is compiled."""
+    frames: list[object] = []
+    real = torch.compile
+
+    def compiled(model: torch.nn.Module) -> object:
+        def eager(graph: torch.fx.GraphModule, inputs: object) -> object:
+            frames.append(graph)
+            return graph.forward
+
+        return real(model, backend=eager)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    found = bench(timm.create_model("test_resnet").eval(), [(64, 64)], repeats=2, runtimes=["compile"])
+    assert set(found.cells[0].latency) == {"dense", "static", "dynamic", "static, compile", "dynamic, compile"}
+    assert len(frames) == 2, "one graph each, compiled once"
+    assert "dynamic, compile ms" in str(found)
 
 
 def test_bad_requests() -> None:
