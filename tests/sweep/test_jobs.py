@@ -15,12 +15,27 @@ from gatedprune.sweep.catalogue import build, sized
 from gatedprune.testing import CHECKS, Case
 
 
+def builds_without_memory() -> bool:
+    """timm 1.0.13 reads values of a tensor while it builds vision transformers, which the meta device has not."""
+    try:
+        build("test_vit")
+    except RuntimeError:
+        return False
+    return True
+
+
+every_model_on_meta = pytest.mark.skipif(
+    not builds_without_memory(), reason="this timm cannot build all of its models on the meta device"
+)
+
+
 def facts_of(job, entry: Entry) -> dict:
     row: dict = {}
     job(entry, row.update)
     return row
 
 
+@every_model_on_meta
 def test_every_family_and_architecture_is_in_the_catalogue(root: Path) -> None:
     entries = catalogue(root / "docs" / "data" / "timm.json")
     if timm.__version__ == "1.0.31":
@@ -42,6 +57,7 @@ def test_a_catalogue_of_another_timm_is_made_anew(tmp_path: Path, monkeypatch: p
     assert made == catalogue(cache) and [e.model for e in smallest(made)] == ["test_resnet"]
 
 
+@every_model_on_meta
 @pytest.mark.parametrize(
     ("model", "options", "shape"),
     [
@@ -79,6 +95,7 @@ def test_the_order_of_checks_names_checks_that_exist() -> None:
     assert set(jobs._ORDER) | set(jobs.LEFT_OUT) <= set(CHECKS)
 
 
+@every_model_on_meta
 def test_the_command_takes_shards_and_patterns(root: Path, tmp_path: Path) -> None:
     (tmp_path / "timm.json").write_text((root / "docs" / "data" / "timm.json").read_text())
     runner = CliRunner()
