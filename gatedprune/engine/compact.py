@@ -173,7 +173,10 @@ class CompactModel(nn.Module):
         return super().train(False)
 
     def _find(self, args: tuple) -> str | None:
-        return next((k for k in (_key(args, False), _key(args, True)) if k in self._lowered), None)
+        for key in (_key(args, False), _key(args, True)):
+            if key in self._lowered:
+                return key
+        return None
 
     def _lower(self, args: tuple) -> str:
         source: GatedModel = self.__dict__["_source"]

@@ -159,7 +159,10 @@ def _fits(x: Tensor) -> bool:
 
 
 def _samples(*indices: Tensor | None) -> int:
-    return next((i.shape[0] for i in indices if i is not None), 1)
+    for index in indices:
+        if index is not None:
+            return index.shape[0]
+    return 1
 
 
 class NarrowConv2d(nn.Module):
