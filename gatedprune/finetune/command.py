@@ -22,7 +22,7 @@ from ..measure.macs import format_macs
 from ..training import Interrupted, stop_on_signal
 from .chance import seed_everything
 from .data import Splits, load_splits
-from .loop import Trainer, accelerator_for, saved_state
+from .loop import Trainer, accelerator_for, check_recipe, saved_state
 from .models import build, macs, save_finetuned, teacher
 from .options import FinetuneConfig
 
@@ -83,6 +83,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         DivergedError: The loss is no longer finite.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
+    check_recipe(config)
     output = Path(config.output)
     accelerator = accelerator_for(config)
     state = saved_state(output / STATE, config, resume, accelerator.is_main_process)

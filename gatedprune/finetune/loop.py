@@ -104,13 +104,9 @@ class Trainer:
         self.distillation: Distillation | None = None
         if teacher is not None:
             self.distillation = Distillation(teacher.to(device, **layout), temperature=config.temperature)
-        optimizer = create_optimizer_v2(self.model, config.opt, lr=config.lr, weight_decay=config.weight_decay,
-                                        momentum=config.momentum)  # fmt: skip
+        optimizer = _optimizer(self.model, config)
         self.sampler = EpochSampler(len(splits.train), config.batch_size, config.seed)
-        self.scheduler, _ = create_scheduler_v2(
-            optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs, warmup_lr=0.0,
-            step_on_epochs=False, updates_per_epoch=self.steps_per_epoch,
-        )  # fmt: skip
+        self.scheduler = _scheduler(optimizer, config, self.steps_per_epoch)
         self.schedule: RatioSchedule | None = None
         if self.gated is not None:
             levels = 5 if config.compile and config.levels is None else config.levels
@@ -192,7 +188,8 @@ class Trainer:
             for part, (images, labels) in enumerate(self.train):
                 if part % config.accumulate == 0:
                     self.set_ratio()
-                    self.scheduler.step_update(self.epoch * self.steps_per_epoch + self.step)
+                    if self.scheduler is not None:
+                        self.scheduler.step_update(self.epoch * self.steps_per_epoch + self.step)
                 place = (self.step, part % config.accumulate, accelerator.process_index)
                 seed_everything(config.seed, STEP, self.epoch, *place)
                 summed += self._part(images, labels)
@@ -314,6 +311,33 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.loss, self.log = state["epoch"], state["step"], state["loss"], state["log"]
+
+
+def check_recipe(config: FinetuneConfig) -> None:
+    """Raise `ConfigError` unless timm knows the optimiser and the learning rate schedule."""
+    try:
+        _scheduler(_optimizer([nn.Parameter(torch.zeros(1))], config), config, 1)
+    except (ValueError, TypeError, AssertionError, AttributeError) as error:
+        raise ConfigError(
+            f"timm has no optimiser {config.opt!r} with the learning rate schedule {config.sched!r}: {error} "
+            "Optimisers are those of `timm.optim.list_optimizers()`; schedules: cosine, tanh, step, multistep, plateau, "
+            "poly, constant."
+        ) from error
+
+
+def _optimizer(of: Any, config: FinetuneConfig) -> Any:
+    return create_optimizer_v2(of, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
+
+
+def _scheduler(optimizer: Any, config: FinetuneConfig, steps: int) -> Any:
+    """None where the learning rate stays as it is."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer, config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs, warmup_lr=0.0,
+        step_on_epochs=False, updates_per_epoch=steps,
+    )  # fmt: skip
+    if scheduler is None and config.sched not in ("none", "constant"):  # older timm says no more
+        raise ValueError(f"Unknown scheduler {config.sched!r}.")
+    return scheduler
 
 
 def _check_channels_last(model: nn.Module) -> None:

@@ -233,6 +233,12 @@ def no_model() -> str:
     return "model"
 
 
+def test_the_learning_rate_may_stay(images: Path, tmp_path: Path) -> None:
+    for sched in ("none", "constant"):
+        result = finetune(config(images, tmp_path / sched, sched=sched, lr=0.02, epochs=1), progress=False)
+        assert result.log[0]["lr"] == 0.02
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -258,6 +264,8 @@ def no_model() -> str:
             "classifier that has never seen these classes. Train it dense first",
         ),
         ({"distill": 0.5, "teacher": "nowhere"}, CheckpointError, "nowhere is no model that `gatedprune finetune`"),
+        ({"opt": "luck"}, ConfigError, "timm has no optimiser 'luck'"),
+        ({"sched": "luck"}, ConfigError, "with the learning rate schedule 'luck'"),
         ({"include": ("layer9",), "ratio": 0.5}, ConfigError, "pattern 'layer9' .* fits no site"),
     ],
 )

@@ -105,10 +105,15 @@ def test_killed_at_a_random_step_and_resumed_it_ends_the_same(images: Path, own:
     assert_same_weights(own / "killed", own / "whole")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(images: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    images: Path, own: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setenv("STOP_AT", "3")
     monkeypatch.setenv("STOP_BY", "SIGINT")
     monkeypatch.setattr(sys, "argv", ["/somewhere/gatedprune", *arguments(images, "my run")])
+    # A shell starts what runs in the background with Ctrl-C ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     stopped = CliRunner().invoke(main, arguments(images, "my run"))
     assert stopped.exit_code == 130, stopped.output
     said = "Stopped; the state is in my run. Go on with: gatedprune finetune own:Own"
