@@ -320,8 +320,8 @@ def check_recipe(config: FinetuneConfig) -> None:
     except (ValueError, TypeError, AssertionError, AttributeError) as error:
         raise ConfigError(
             f"timm has no optimiser {config.opt!r} with the learning rate schedule {config.sched!r}: {error} "
-            "Optimisers are those of `timm.optim.list_optimizers()`; schedules: cosine, tanh, step, multistep, plateau, "
-            "poly, constant."
+            "Optimisers are those of `timm.optim.list_optimizers()`; schedules: cosine, tanh, step, multistep, poly, "
+            "plateau, constant."
         ) from error
 
 
