@@ -76,6 +76,10 @@ def _summary(rows: list[Record], total: int, version: str) -> str:
         "the compact model was seen to execute, where that differs. Checks ran on images of that input size, but for "
         f"{smaller} models on smaller ones, where their sites are the same.",
     ]
+    for row in rows:
+        if "checked_with" in row:
+            how = ", ".join(f"{name}={value}" for name, value in row["checked_with"].items())
+            lines += ["", f"`{row['model']}` was checked with {how}: in full it does not fit into memory in float64."]
     if commits:
         made = f"Made on {', '.join(f'{commit} ({n} rows)' for commit, n in commits.most_common())}."
         lines += ["", made + (" Each row says what the code of its commit did." if len(commits) > 1 else "")]

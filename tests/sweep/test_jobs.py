@@ -91,6 +91,21 @@ def test_each_check_of_a_family_has_an_outcome(monkeypatch: pytest.MonkeyPatch) 
     assert row["checks"]["gradients"]["note"] == "wrong by 3"
 
 
+def test_a_model_that_does_not_fit_is_checked_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(case: Case) -> str:
+        seen.append(len(case.dense().blocks))
+        return ""
+
+    monkeypatch.setattr(jobs, "CHECKS", {"identity": look})
+    monkeypatch.setattr(jobs, "SHORTENED", {"depth": 2})
+    row = facts_of(family_job, Entry("test_vit", "vision_transformer", jobs.MOST_PARAMETERS + 1))
+    assert row["checked_with"] == {"depth": 2} and seen == [2]
+    assert row["sites"] == 12, "the table is of the whole model"
+    assert row["checks"]["identity"]["outcome"] == "pass"
+
+
 def test_the_order_of_checks_names_checks_that_exist() -> None:
     assert set(jobs._ORDER) | set(jobs.LEFT_OUT) <= set(CHECKS)
 
