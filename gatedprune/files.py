@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-__all__ = ["atomic_folder", "atomic_write", "read_metadata", "read_tensors", "write_tensors"]
+__all__ = ["atomic_folder", "atomic_write", "read_metadata", "read_tensors", "write_json", "write_tensors"]
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 _HERE = -100  # AT_FDCWD
@@ -40,6 +42,21 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[str], object]) -
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(value: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write JSON by `atomic_write`.
+
+    Raises:
+        OSError: The target cannot be written. What stood there before still does.
+    """
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=2)
+            stream.write("\n")
+
+    atomic_write(path, write)
 
 
 def atomic_folder(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import click
 import torch
 
 import gatedprune
-from gatedprune.files import atomic_write
+from gatedprune.files import write_json
 from gatedprune.finetune import Interrupted, Trials
 from gatedprune.measure import environment
 
@@ -69,14 +68,16 @@ def main(data: str, output: Path, model: str, weights: str | None, pixels: int, 
     recipe = {"data": data, "val_split": "test", "size": (pixels, pixels), "batch_size": batch_size, "workers": workers,
               "channels_last": torch.accelerator.is_available(), "min_crop": 0.5, "weight_decay": 5e-4}  # fmt: skip
     network = f"{NETWORKS}:{model}" if model in ("small", "large") else model
-    trials = Trials(output, recipe, {"model": network, "weights": weights, "epochs": epochs, "lr": lr},
-                {"epochs": finetune_epochs, "lr": finetune_lr, "distill": distill, "rise": rise,
-                 "calibrate": calibration_images}, macs, "macs", seeds)  # fmt: skip
+    dense = {"model": network, "weights": weights, "epochs": epochs, "lr": lr}
+    pruned = {"epochs": finetune_epochs, "lr": finetune_lr, "distill": distill, "rise": rise,
+              "calibrate": calibration_images}  # fmt: skip
+    trials = Trials(output, recipe, dense, pruned, macs, seeds=seeds)
     try:
         if train:
             trials.train(click.echo)
-        times = measure_times(trials, size=(pixels, pixels), threads=threads, repeats=repeats, say=click.echo) \
-            if timing else None  # fmt: skip
+        times = {}
+        if timing:
+            times = measure_times(trials, size=(pixels, pixels), threads=threads, repeats=repeats, say=click.echo)
     except Interrupted:
         raise click.ClickException("Stopped; the state is saved. The same command goes on.") from None
     except gatedprune.GatedPruneError as error:
@@ -91,8 +92,7 @@ def _write(output: Path, trials: Trials, found: list[Any]) -> None:
               "dynamic_over_static_at_equal_accuracy": {"macs": at_equal_accuracy(found, lambda p: p.macs),
                                                         "time": at_equal_accuracy(found, lambda p: p.time)},
               "trials": trials.to_dict(), "environment": dataclasses.asdict(environment())}  # fmt: skip
-    text = json.dumps(result, indent=2) + "\n"
-    atomic_write(output / "result.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_json(result, output / "result.json")
     try:
         draw(found, output / "accuracy.png")
     except ImportError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from gatedprune.files import atomic_write
-from gatedprune.finetune import Trials
-
-WAYS = ("static", "dynamic")
+from gatedprune.finetune import WAYS, Trials
 
 __all__ = ["Point", "at_equal_accuracy", "draw", "measure_times", "points", "table"]
 
@@ -51,7 +49,7 @@ class Point:
         return statistics.median(self.ms) if self.ms else None
 
 
-def points(trials: Trials, times: dict[tuple[str, float, int], float] | None = None) -> list[Point]:
+def points(trials: Trials, times: Mapping[tuple[str, float, int], float]) -> list[Point]:
     """One for each way and share of which all trainings are done."""
     found: dict[tuple[str, float], list[Any]] = {}
     for run in trials:
@@ -60,7 +58,7 @@ def points(trials: Trials, times: dict[tuple[str, float, int], float] | None = N
     return [
         Point(way, share, statistics.fmean(r["macs"] / r["dense_macs"] for _, r in runs),
               tuple(r["top1"] for _, r in runs),
-              tuple(times[way, share, run.seed] for run, _ in runs if times and (way, share, run.seed) in times))
+              tuple(times[way, share, run.seed] for run, _ in runs if (way, share, run.seed) in times))
         for (way, share), runs in done.items()
     ]  # fmt: skip
 

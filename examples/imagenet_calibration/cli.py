@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gatedprune
+from gatedprune.files import write_json
 from gatedprune.measure import environment
 
 from .baselines import RANKINGS, taylor_gradients
@@ -113,7 +113,7 @@ def main(model: str, weights: Path | None, images: Path | None, labels: Path | N
             if file is not None:  # after each ratio: they take minutes
                 result = {"options": options, "dense": dense, "runs": runs,
                           "environment": dataclasses.asdict(environment())}  # fmt: skip
-                file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                write_json(result, file)
     except gatedprune.GatedPruneError as error:
         raise click.ClickException(str(error)) from error
     print(table(dense, runs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 
 import gatedprune
 from gatedprune.errors import CheckpointError, ConfigError, GatedPruneError
+from gatedprune.files import write_json
 from gatedprune.training import stop_on_signal
 
 from .augment import AUGMENTATIONS
@@ -177,7 +177,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         save_picture(options.picture, rows, [spec.backbone if spec.gates is None else f"{spec.backbone}, gated"])
         print(f"Wrote {options.picture}.")
     if options.json:
-        options.json.write_text(json.dumps({"metrics": result.metrics, "protocol": result.describe()}, indent=2) + "\n")
+        write_json({"metrics": result.metrics, "protocol": result.describe()}, options.json)
     return 0
 
 

@@ -23,6 +23,7 @@ from ..sites import normalise_inputs
 from ..wrapping import is_gated, unwrap, wrap
 
 __all__ = [
+    "NO_GATES",
     "Build",
     "Chosen",
     "Gating",
@@ -32,6 +33,7 @@ __all__ = [
     "batch_option",
     "data_option",
     "dense",
+    "either_budget",
     "explained",
     "gate_options",
     "image",
@@ -41,9 +43,13 @@ __all__ = [
     "model_argument",
     "model_options",
     "printed",
+    "refuse",
     "size_option",
     "written",
 ]
+
+# Why some options are refused.
+NO_GATES = "for a model without gates. The gates of a saved model stay; give --ratio"
 
 Gating = Callable[[nn.Module, "torch.Tensor | None"], nn.Module]  # (model, example images) → gated model in eval mode
 
@@ -213,16 +219,11 @@ def gate_options(command: Callable[..., Any]) -> Any:
     def with_gates(ratio: float | None, macs: float | None, include: tuple[str, ...], exclude: tuple[str, ...],
                    signed: bool, **rest: Any) -> Any:  # fmt: skip
         def gated(network: nn.Module, images: torch.Tensor | None) -> nn.Module:
-            given = [n for n, v in (("macs", macs is not None), ("include", include), ("exclude", exclude),
-                                    ("signed", signed)) if v]  # fmt: skip
             if not is_gated(network):
                 config = GateConfig(ratio=ratio, macs=macs, include=include, exclude=exclude, signed=signed)
                 new: nn.Module = wrap(network, config=config, example_inputs=images).eval()
                 return new
-            if given:
-                raise click.UsageError(
-                    f"--{', --'.join(given)}: for a model without gates. The gates of a saved model stay; give --ratio."
-                )
+            refuse(NO_GATES, macs=macs is not None, include=include, exclude=exclude, signed=signed)
             if ratio is not None:
                 network.set_ratio(ratio)  # type: ignore[operator]
             return network
@@ -230,6 +231,19 @@ def gate_options(command: Callable[..., Any]) -> Any:
         return command(gated=gated, **rest)
 
     return with_gates
+
+
+def refuse(why: str, **options: Any) -> None:
+    """Options that were given and mean nothing here become a usage error."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise click.UsageError(f"--{', --'.join(given)}: {why}.")
+
+
+def either_budget(ratios: Any, macs: Any) -> None:
+    """--ratio and --macs together become a usage error."""
+    if ratios is not None and macs is not None:
+        raise click.UsageError("Give either --ratio or --macs.")
 
 
 def explained(work: Callable[[], Any]) -> Any:

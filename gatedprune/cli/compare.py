@@ -16,9 +16,11 @@ from ..data import Images, read_images, top1
 from ..errors import DataError
 from ..wrapping import is_gated
 from .common import (
+    NO_GATES,
     Chosen,
     Numbers,
     data_option,
+    either_budget,
     explained,
     image,
     json_option,
@@ -26,10 +28,11 @@ from .common import (
     limit_option,
     model_options,
     printed,
+    refuse,
     size_option,
     written,
 )
-from .training import refuse, trained, trials_of
+from .training import trained, trials_of
 
 __all__ = ["command"]
 
@@ -161,15 +164,10 @@ def command(model: Chosen, ratios: list[float] | None, data: Path | None, labels
 
 def _gating(network: nn.Module, ratios: list[float] | None, gating: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """The model, and the options of `gatedprune.compare` that say how it is gated."""
-    given = [name for name, value in gating.items() if value]
     if is_gated(network):
-        if given:
-            raise click.UsageError(
-                f"--{', --'.join(given)}: for a model without gates. The gates of a saved model stay; give --ratio."
-            )
+        refuse(NO_GATES, **gating)
         return network, {"ratio": ratios}
-    if ratios is not None and gating["macs"] is not None:
-        raise click.UsageError("Give either --ratio or --macs.")
+    either_budget(ratios, gating["macs"])
     first = None if gating["macs"] is not None else (ratios or [0.5])[0]
     config = GateConfig(**{**gating, "ratio": first})
     return network, {"config": config, "ratio": ratios if ratios and len(ratios) > 1 else None}

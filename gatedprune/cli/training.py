@@ -8,18 +8,11 @@ from typing import Any
 import click
 from torch import nn
 
-from .common import Chosen
+from .common import Chosen, either_budget
 
-__all__ = ["refuse", "trained", "trials_of"]
+__all__ = ["trained", "trials_of"]
 
 CALIBRATION_IMAGES = 256
-
-
-def refuse(why: str, **options: Any) -> None:
-    """Options that were given and mean nothing here become a usage error."""
-    given = [name for name, value in options.items() if value]
-    if given:
-        raise click.UsageError(f"--{', --'.join(given)}: {why}.")
 
 
 def trials_of(model: Chosen, output: Path, recipe: dict[str, Any], ratios: list[float] | None, gating: dict[str, Any],
@@ -29,8 +22,7 @@ def trials_of(model: Chosen, output: Path, recipe: dict[str, Any], ratios: list[
 
     if model.build.kind == "saved":
         raise click.UsageError(f"--finetune starts from a dense model; {model.build.text} has gates.")
-    if ratios is not None and gating["macs"] is not None:
-        raise click.UsageError("Give either --ratio or --macs.")
+    either_budget(ratios, gating["macs"])
     dense = {"model": model.build.text, "pretrained": bool(model.options.get("pretrained")),
              "weights": None if model.weights is None else str(model.weights), "lr": lr}  # fmt: skip
     pruned = {"lr": lr / 3, "distill": distill, "calibrate": CALIBRATION_IMAGES,

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from ..engine import compact
 from ..errors import ConfigError, ModelError
-from ..files import atomic_write
+from ..files import atomic_write, write_json
 from ..measure import count_macs, measure_latency
 from ..measure.environment import Environment, environment
 from ..measure.latency import Latency
 from ..wrapping import wrap
 from .equality import check_equality
-from .result import write_json
 from .static import dense_copy, prune_static
 
 __all__ = ["RUNTIMES", "Benchmark", "Cell", "bench"]
@@ -214,7 +213,8 @@ def bench(
             x = torch.randn(batch, 3, *size)
             difference = check_equality(gated, fast, (x,)).native
             timed = dict(models)
-            torch._dynamo.reset()  # what was compiled for other cells; not between those of one cell
+            if "compile" in runtimes:
+                torch._dynamo.reset()  # what was compiled for other cells; not between those of one cell
             for runtime in runtimes if "static" in models else ():
                 timed[f"static, {runtime}"] = RUNTIMES[runtime](models["static"], x, max(threads))
             if "compile" in runtimes:

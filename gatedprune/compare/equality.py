@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..engine import CompactModel
 from ..errors import ModelError
-from ..precision import ROUNDING_FACTOR, nearby
+from ..precision import ROUNDING_FACTOR, in_float64, nearby
 from ..sites import evaluating
 from ..wrapping import GatedModel
 
@@ -93,7 +93,7 @@ def check_equality(gated: GatedModel, fast: CompactModel, inputs: tuple[Any, ...
     seen = _Outputs()
     with torch.no_grad():
         for one in nearby(inputs):
-            exact_one = tuple(_double(value) for value in one)
+            exact_one = in_float64(one)
             seen.reference += _outputs(exact_gated, exact_one)
             seen.exact += _outputs(exact_fast, exact_one)
             seen.masked += _outputs(gated, one)
@@ -126,10 +126,6 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Mapping):
         value = list(value.values())
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _largest(found: list[Tensor], wanted: list[Tensor]) -> float:

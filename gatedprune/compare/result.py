@@ -6,16 +6,15 @@ import csv
 import dataclasses
 import html
 import io
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
+from ..files import atomic_write, write_json
 from ..measure import Environment, Latency, MacCount, Memory
 from .equality import Equality
 
-__all__ = ["Comparison", "Row", "aligned", "write_json"]
+__all__ = ["Comparison", "Row", "aligned"]
 
 
 @dataclass(frozen=True)
@@ -225,14 +224,3 @@ def aligned(table: list[list[str]]) -> list[str]:
                   for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in table
     ]  # fmt: skip
-
-
-def write_json(value: dict[str, Any], path: str | Path) -> None:
-    """Write JSON in one piece: a crash leaves the old file, or none."""
-
-    def write(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2)
-            stream.write("\n")
-
-    atomic_write(path, write)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from ..compare.bench import RUNTIMES
 from ..compare.static import dense_copy, prune_static
 from ..engine import compact
 from ..errors import GatedPruneError
-from ..files import atomic_write
+from ..files import write_json
 from ..measure import environment, measure_latency
 from ..wrapping import wrap
 from .exporter import export
@@ -131,7 +130,7 @@ def main(models: tuple[str, ...], ratio: float, threads: int, repeats: int, file
     if file is not None:
         result = {"rows": [dataclasses.asdict(row) for row in rows], "failed": failed,
                   "ratio": ratio, "environment": environment().to_dict()}  # fmt: skip
-        atomic_write(file, lambda path: Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
+        write_json(result, file)
     if failed:
         raise click.ClickException("\n".join(failed))
 

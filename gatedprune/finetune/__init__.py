@@ -16,10 +16,11 @@ from .command import RESULT, Finetuned, finetune
 from .loop import DivergedError, Trainer, is_main_process
 from .models import load_finetuned
 from .options import FinetuneConfig
-from .trials import Trial, Trials
+from .trials import WAYS, Trial, Trials
 
 __all__ = [
     "RESULT",
+    "WAYS",
     "DivergedError",
     "FinetuneConfig",
     "Finetuned",

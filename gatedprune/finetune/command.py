@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from ..files import atomic_write
+from ..files import atomic_write, write_json
 from ..measure.environment import environment
 from ..measure.macs import format_macs
 from ..training import Interrupted, stop_on_signal
@@ -156,9 +155,8 @@ def _calibration_images(config: FinetuneConfig, splits: Splits) -> Sequence[Tens
 
 
 def _open(output: Path, config: FinetuneConfig) -> None:
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
     try:
-        atomic_write(output / "options.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_json(config.to_dict(), output / "options.json")
     except OSError as error:
         raise CheckpointError(f"The output folder {output} cannot be written ({error}). Name another one.") from error
 
@@ -192,7 +190,6 @@ def _finish(trainer: Trainer, output: Path) -> Finetuned:
         save_finetuned(start, config, trainer.splits.classes, model, output / MODEL)
         written = {**asdict(result), "classes": list(trainer.splits.classes), "options": config.to_dict(),
                    "environment": asdict(environment())}  # fmt: skip
-        text = json.dumps(written, indent=2) + "\n"
-        atomic_write(output / RESULT, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_json(written, output / RESULT)
     trainer.accelerator.wait_for_everyone()
     return result

@@ -53,11 +53,12 @@ class Trial:
         Raises:
             ConfigError: It is done, with other options. And whatever `finetune` raises.
         """
-        if self.result is None:
+        result = self.result
+        if result is None:
             say(f"{Path(self.config.output).name}:")
             finetune(self.config, resume=True, progress=progress, say=say)
             return
-        changed = FinetuneConfig.from_dict(self.result["options"]).differences(self.config)
+        changed = FinetuneConfig.from_dict(result["options"]).differences(self.config)
         if changed:
             raise ConfigError(
                 f"{self.config.output} was trained with other options ({'; '.join(changed)}). Give the same ones, or "

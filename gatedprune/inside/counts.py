@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
-from ..files import atomic_write
+from ..files import atomic_write, write_json
 from .record import arguments_and_labels, chosen_channels, class_name, gates_of, is_untouched
 from .table import aligned
 
@@ -166,8 +165,7 @@ class Usage:
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict` to a file, whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        atomic_write(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_json(self.to_dict(), path)
 
     def to_csv(self, path: str | Path) -> None:
         """Write one line a channel: site, channel, wins, share, and with labels the wins of each class."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..files import atomic_write
+from ..files import write_json
 from .record import chosen_channels, gates_of, is_untouched
 from .table import aligned
 
@@ -108,8 +107,7 @@ class Choices:
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict` to a file, whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        atomic_write(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_json(self.to_dict(), path)
 
     def plot(self, path: str | Path, pictures: Sequence[Any] | None = None) -> None:
         """Draw a strip of C cells for each site, coloured by who uses the channel; to a .png, .svg or .pdf file.

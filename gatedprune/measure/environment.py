@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Environment", "environment"]
+__all__ = ["Environment", "checkout_commit", "environment"]
 
 PACKAGES = ("gatedprune", "torch", "timm", "numpy", "torch-pruning", "thop")
 
@@ -58,7 +58,7 @@ def environment() -> Environment:
         cores=_cores(),
         threads=torch.get_num_threads(),
         accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        commit=_commit(),
+        commit=checkout_commit(),
     )
 
 
@@ -85,7 +85,12 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _commit() -> str | None:
+def checkout_commit(within: str = ":/") -> str | None:
+    """The commit of the gatedprune checkout that the code runs from; None outside a checkout.
+
+    Args:
+        within: A path, or git's pathspec: with tracked files changed in there, "+" stands behind the commit.
+    """
     # Only of a checkout that tracks this very file: site-packages may lie inside somebody else's repository.
     here = Path(__file__).resolve()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
@@ -93,7 +98,7 @@ def _commit() -> str | None:
     head = _git(here.parent, "rev-parse", "HEAD")
     if head is None:
         return None
-    return head + ("+" if _git(here.parent, "status", "--porcelain", "--untracked-files=no", ":/") else "")
+    return head + ("+" if _git(here.parent, "status", "--porcelain", "--untracked-files=no", "--", within) else "")
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

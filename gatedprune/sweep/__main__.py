@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +13,7 @@ import click
 import timm
 import torch
 
+from ..measure.environment import checkout_commit
 from .catalogue import Entry, catalogue, smallest
 from .jobs import architecture_job, family_job, warm_up
 from .page import families_page
@@ -133,16 +133,10 @@ class _Progress:
 
 
 def _versions() -> Record:
-    def git(*words: str) -> str:
-        ran = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        return ran.stdout.strip()
-
     # Of the sources: the sweep itself changes the tables, which lie in the same repository.
-    commit = git("rev-parse", "--short=10", "HEAD") or "unknown"
-    changed = (
-        "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", str(Path(__file__).parents[1])) else ""
-    )
-    return {"commit": commit + changed, "timm": timm.__version__, "torch": torch.__version__}
+    commit = checkout_commit(within=str(Path(__file__).resolve().parents[1])) or "unknown"
+    changed = "-dirty" if commit.endswith("+") else ""
+    return {"commit": commit[:10] + changed, "timm": timm.__version__, "torch": torch.__version__}
 
 
 if __name__ == "__main__":

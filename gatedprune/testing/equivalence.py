@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..precision import ROUNDING_FACTOR, nearby
+from ..precision import ROUNDING_FACTOR, in_float64, nearby
 from .case import Case, outputs
 from .choice import EXACT, difference, scale_of
 from .oracle import removed
@@ -82,8 +82,7 @@ def check_compact_float32(case: Case) -> str:
     exact, masked = case.gated(torch.float64), case.gated()
     seen = _Precision()
     for number, args in enumerate(nearby(case.inputs())):
-        double = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-        reference, plain = outputs(exact, double), outputs(masked, args)
+        reference, plain = outputs(exact, in_float64(args)), outputs(masked, args)
         fast = outputs(case.compacted, args)
         chosen = case.compacted.last_active
         alike = torch.ones(len(plain[0]), dtype=torch.bool)

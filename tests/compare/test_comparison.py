@@ -16,7 +16,6 @@ from torch import nn
 import gatedprune
 from gatedprune import compare
 from gatedprune.compare import Comparison, compare_models, comparison, equality, rankings
-from gatedprune.compare import result as results
 from gatedprune.compare.equality import Equality, check_equality
 from gatedprune.compare.pareto import front
 from gatedprune.engine import NarrowConv2d
@@ -114,7 +113,7 @@ def test_json_is_written_whole(found: Comparison, tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file(found: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "comparison.json"
     path.write_text("old")
-    monkeypatch.setattr(results.json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(json, "dump", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         found.to_json(path)
     assert path.read_text() == "old"

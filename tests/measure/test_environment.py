@@ -12,6 +12,7 @@ import torch
 
 import gatedprune
 from gatedprune.measure import environment
+from gatedprune.sweep.__main__ import _versions
 
 # By name: `gatedprune.measure.environment` is the function.
 module = importlib.import_module("gatedprune.measure.environment")
@@ -42,3 +43,16 @@ def test_no_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PACKAGES", ("a-package-nobody-has",))
     assert environment().packages == {"a-package-nobody-has": None}
+
+
+def test_a_checkout_is_changed_where_one_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(folder: Path, *arguments: str) -> str:
+        changed = " M docs/table.md" if arguments[-1] in (":/", "docs") else ""
+        return {"rev-parse": "0123456789abcdef", "status": changed}.get(arguments[0], "")
+
+    monkeypatch.setattr(module, "_git", git)
+    assert module.checkout_commit() == module.checkout_commit("docs") == "0123456789abcdef+"
+    assert module.checkout_commit("gatedprune") == "0123456789abcdef"
+    assert _versions()["commit"] == "0123456789"
+    monkeypatch.setattr(module, "_git", lambda folder, *arguments: "0123456789abcdef")
+    assert _versions()["commit"] == "0123456789-dirty"
