@@ -22,7 +22,7 @@ from ..training import Interrupted, stop_on_signal
 from .chance import seed_everything
 from .data import Splits, load_splits
 from .loop import Trainer, accelerator_for, check_recipe, saved_state
-from .models import build, macs, save_finetuned, teacher
+from .models import build, macs, save_finetuned
 from .options import FinetuneConfig
 
 __all__ = ["Finetuned", "finetune"]
@@ -100,11 +100,10 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
                   images if state is None and config.calibrate else None)  # fmt: skip
     _check_same(state, splits, output)
     transform(start.dense, start.example)
-    teaches = teacher(config, start, splits.classes)
     if accelerator.is_main_process:
         _open(output, config)
     accelerator.init_trackers("tensorboard")
-    trainer = Trainer(config, start, splits, teaches, accelerator, output / STATE)
+    trainer = Trainer(config, start, splits, accelerator, output / STATE)
     if state is not None:
         trainer.restore(state)
         say(f"resumed at epoch {trainer.epoch + 1}, step {trainer.step + 1}")

@@ -87,8 +87,8 @@ class Trainer:
         log: One dictionary for each finished epoch.
     """
 
-    def __init__(self, config: FinetuneConfig, start: Start, splits: Splits, teacher: nn.Module | None,
-                 accelerator: Accelerator, state_file: Path) -> None:  # fmt: skip
+    def __init__(self, config: FinetuneConfig, start: Start, splits: Splits, accelerator: Accelerator,
+                 state_file: Path) -> None:  # fmt: skip
         self.config, self.start, self.splits, self.accelerator = config, start, splits, accelerator
         self.state_file = state_file
         self.epoch = self.step = 0
@@ -102,8 +102,8 @@ class Trainer:
         self.gated = self.model if is_gated(self.model) else None
         self.average = None if config.ema is None else ModelEmaV3(self.model, config.ema, use_warmup=True)
         self.distillation: Distillation | None = None
-        if teacher is not None:
-            self.distillation = Distillation(teacher.to(device, **layout), temperature=config.temperature)
+        if start.teacher is not None:
+            self.distillation = Distillation(start.teacher.to(device, **layout), temperature=config.temperature)
         optimizer = _optimizer(self.model, config)
         self.sampler = EpochSampler(len(splits.train), config.batch_size, config.seed)
         self.scheduler = _scheduler(optimizer, config, self.steps_per_epoch)

@@ -37,7 +37,8 @@ class Start:
 
     Attributes:
         model: What is trained; a gated one at its target ratios.
-        dense: The dense model that it was made from, or an equal one; it teaches where nothing else does.
+        dense: The dense model that it was made from, or an equal one.
+        teacher: Who teaches: nobody, the folder that the configuration names, or ``dense``.
         kept: Of a pruned model: site → the channels that stayed.
         trained_head: Whether the classifier came with weights for these very classes.
         example: (1, C, H, W), zeros.
@@ -46,6 +47,7 @@ class Start:
 
     model: Any
     dense: nn.Module
+    teacher: nn.Module | None
     kept: dict[str, Tensor] | None
     trained_head: bool
     example: Tensor
@@ -75,6 +77,7 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
     example = torch.zeros(1, *size)
     with torch.no_grad():
         check_outputs(network, copy.deepcopy(network).eval()(example), classes, f"The model {config.model}")
+    teach = _teacher(config, trained_head, example, classes)
     if config.mode == "dynamic":
         dense = _dense(copy.deepcopy(network))
         if is_gated(network):
@@ -87,10 +90,11 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
         gated: Any = network
         if images is not None:
             calibrate(gated, images(dense, example))
-        return Start(gated, dense, None, trained_head, example, gated.site_report.macs)
+        return Start(gated, dense, teach(dense), None, trained_head, example, gated.site_report.macs)
     network = _dense(network)
     if config.mode == "dense":
-        return Start(network, copy.deepcopy(network), None, trained_head, example, find_sites(network, example).macs)
+        dense = copy.deepcopy(network)
+        return Start(network, dense, teach(dense), None, trained_head, example, find_sites(network, example).macs)
     if _origin(config.model)[1] is not None:
         raise ConfigError(f"{config.model} is pruned already: go on with it as it is (mode 'dense').")
     if kept is None:
@@ -103,7 +107,7 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
     else:
         report = find_sites(network, example)
         pruned = prune_static(network, report, keep=kept, example_inputs=example, by="torch-pruning")
-    return Start(pruned.model, network, pruned.kept, trained_head, example, report.macs)
+    return Start(pruned.model, network, teach(network), pruned.kept, trained_head, example, report.macs)
 
 
 def _dense(model: nn.Module) -> nn.Module:
@@ -252,29 +256,32 @@ def _origin(model: str) -> tuple[str, dict[str, list[int]] | None]:
     return name, kept
 
 
-def teacher(config: FinetuneConfig, start: Start, classes: Sequence[str]) -> nn.Module | None:
-    """Who teaches: nobody, the folder that the configuration names, or the dense model at the start.
+def _teacher(
+    config: FinetuneConfig, trained_head: bool, example: Tensor, classes: Sequence[str]
+) -> Callable[[nn.Module], nn.Module | None]:
+    """Takes the dense model at the start, and gives who teaches: nobody, the model in the folder that the configuration
+    names, or that dense one. What is wrong with a teacher is said now: pruning and calibrating take time.
 
     Raises:
         ConfigError: The dense model at the start knows nothing about these classes.
     """
     if not config.distill:
-        return None
+        return lambda dense: None
     if config.teacher is None:
-        if not start.trained_head:
+        if not trained_head:
             raise ConfigError(
                 f"`distill` needs somebody to learn from, and {config.model} starts with a classifier that has never "
                 "seen these classes. Train it dense first (--mode dense), and name the result: --teacher OUTPUT/model."
             )
-        return start.dense
+        return lambda dense: dense
     found = _dense(load_finetuned(config.teacher))
     with torch.no_grad():
         try:
-            outputs = found(start.example)
+            outputs = found(example)
         except RuntimeError as error:
             raise ModelError(f"The teacher {config.teacher} does not take these images: {_line(error)}") from error
     check_outputs(found, outputs, classes, f"The teacher {config.teacher}")
-    return found
+    return lambda dense: found
 
 
 def _line(error: BaseException) -> str:

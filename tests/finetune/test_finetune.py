@@ -19,6 +19,7 @@ from gatedprune.errors import CheckpointError, ConfigError, DataError
 from gatedprune.finetune import DivergedError, FinetuneConfig, Interrupted, finetune, load_finetuned
 from gatedprune.finetune import command as command_module
 from gatedprune.finetune import loop as loop_module
+from gatedprune.finetune import models as models_module
 from gatedprune.finetune.data import load_splits
 
 SITES = ("layer1*", "layer2*")
@@ -279,6 +280,16 @@ def test_wrong_models_are_told_before_training(
     with pytest.raises(error, match=message):
         finetune(config(images, tmp_path / "run", **options), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_teacher_is_told_before_calibrating(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models_module, "calibrate", lambda *arguments, **options: pytest.fail("calibrated in vain"))
+    for mode in ("dynamic", "static"):
+        wrong = config(images, tmp_path / "run", mode=mode, calibrate=8, distill=0.5, teacher="nowhere")
+        with pytest.raises(CheckpointError, match="nowhere is no model"):
+            finetune(wrong, progress=False)
 
 
 def strided() -> nn.Module:
