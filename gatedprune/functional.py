@@ -20,6 +20,7 @@ __all__ = [
     "channel_gain",
     "indexed_conv2d",
     "masked_norm",
+    "not_negative",
     "per_row",
     "response_norm",
     "saliency",
@@ -89,6 +90,28 @@ def bounded_gain(x: Tensor, limit: float | None) -> Tensor:
         bounded: Tensor = _Bounded.apply(x, limit)
         return bounded
     return x.clamp(max=limit)
+
+
+class _NotNegative(torch.autograd.Function):
+    """max(x, 0); the gradient passes but where it would push x further below 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x <= 0)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (beyond,), (gradient,) = ctx.saved_tensors, gradients
+        return gradient.masked_fill(beyond & (gradient > 0), 0)  # descent adds −gradient
+
+
+def not_negative(x: Tensor) -> Tensor:
+    """max(x, 0) for a parameter that stays trainable at and below 0, where a rectifier's gradient is 0."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _NotNegative.apply(x)
+        return out
+    return x.clamp(min=0)
 
 
 class _StraightThrough(torch.autograd.Function):

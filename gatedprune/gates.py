@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from .functional import active_set, bounded_gain, saliency, straight_through, subsample, threshold_set
+from .functional import active_set, bounded_gain, not_negative, saliency, straight_through, subsample, threshold_set
 
 __all__ = ["Gate"]
 
@@ -23,7 +25,9 @@ class Gate(nn.Module):
     which is the same thing where every channel ranks equal.)
 
     The strength σ is 1 before calibration, where g is g_start for every input. Calibration lets g vary with the input
-    and sets σ to 0, so that the gain is still exactly 1; training may raise σ, which gets a gradient at 0 too.
+    and sets σ to 0, so that the gain is still exactly 1; training may raise σ, which gets a gradient at 0 too. A σ below 0
+    counts as 0: winners have larger saliencies than at the start, so that a negative σ turns a layer's best channels off,
+    and an optimiser that wants smaller activations gets there within a few steps and does not come back.
 
     The gain is at most ``max_gain``: gains multiply from layer to layer, and a network whose gains feed each other's
     saliencies ends in NaN. At the bound, gradients that lead back still pass.
@@ -104,17 +108,22 @@ class Gate(nn.Module):
         if self.threshold is not None:
             self.threshold.fill_(float("inf"))
 
-    def select(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def select(
+        self, s: Tensor, winners: Callable[[Tensor, int], Tensor] = active_set
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """From the subsampled input s (B, C_in): active set (B, k), gain of the winners (B, k), saliency (B, C).
 
         With a threshold active set and gain are (B, C), see the class.
+
+        Args:
+            winners: Computes what `active_set` does, by other operators; not used with a threshold.
         """
         g = self._saliency(s)
         if self.varies:
             assert self.threshold is not None
             active = threshold_set(g, self.threshold, self.active_count)
         else:
-            active = active_set(g, self.active_count)
+            active = winners(g, self.active_count)
         if self.boost:
             at = active.clamp_max(self.channels - 1) if self.varies else active
             gain = self._gains(g).gather(1, at)
@@ -139,7 +148,7 @@ class Gate(nn.Module):
 
     def _gains(self, g: Tensor) -> Tensor:
         """(B, C): the gain that each channel has where it wins."""
-        return bounded_gain(1 + self.strength * (g - self.start), self.max_gain)
+        return bounded_gain(1 + not_negative(self.strength) * (g - self.start), self.max_gain)
 
     def _whole(self, active: Tensor, gain: Tensor, g: Tensor) -> Tensor:
         """(B, C): winners' gains, and next to nothing for losers; the gradient reaches both alike."""

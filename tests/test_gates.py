@@ -55,9 +55,23 @@ def test_strength_scales_the_gain_and_can_be_trained_from_zero() -> None:
         gate.strength.zero_()
     gate(x)
     assert torch.equal(gate.last_gain, torch.ones(1, 3))
-    gate.last_gain[0, 0].backward()
+    (-gate.last_gain[0, 0]).backward()
     assert gate.strength.grad is not None
-    assert float(gate.strength.grad) == 0.25  # g − start of that channel
+    assert float(gate.strength.grad) == -0.25  # −(g − start) of that channel
+
+
+def test_a_strength_below_zero_counts_as_zero_and_comes_back() -> None:
+    """Otherwise the channels with the largest saliencies would be turned off."""
+    gate = Gate(3, 1, 3, importance=torch.tensor([1.0, 2.0, 0.5]))
+    with torch.no_grad():
+        gate.weight.copy_(torch.tensor([[0.25], [0.5], [0.0]]))
+        gate.strength.fill_(-0.5)
+    gate(torch.full((1, 1, 2, 2), 1.0))
+    assert gate.last_gain is not None and torch.equal(gate.last_gain, torch.ones(1, 3))
+    for direction, grad in ((1, 0.0), (-1, -0.75)):  # descent would lower it further, or raise it
+        gate.strength.grad = None
+        (direction * gate.last_gain.sum()).backward(retain_graph=True)
+        assert gate.strength.grad is not None and float(gate.strength.grad) == grad
 
 
 def test_a_signed_gate_sees_the_mean() -> None:

@@ -12,6 +12,7 @@ import torch
 import gatedprune
 from gatedprune.files import write_json
 from gatedprune.finetune import Interrupted, Trials
+from gatedprune.finetune.options import CALIBRATIONS, PRECISIONS
 from gatedprune.measure import environment
 
 from .network import PIXELS
@@ -41,10 +42,14 @@ NETWORKS = f"{__package__}.network"
 @click.option("--finetune-lr", type=float, default=0.02, help="Of each pruned one.")
 @click.option("--batch-size", type=click.IntRange(2), default=128)
 @click.option("--distill", type=click.FloatRange(0, 1), default=0.5, help="Weight of the loss against the dense model.")
-@click.option("--rise", type=click.FloatRange(0, 1), default=0.5, help="Share of the epochs over which the ratio of "
+@click.option("--rise", type=click.FloatRange(0, 1), default=0.0, help="Share of the epochs over which the ratio of "
               "gates rises from 0.")  # fmt: skip
 @click.option("--calibration-images", type=click.IntRange(0), default=500, help="Training images on which gates, and "
               "the static channels, are chosen first.")  # fmt: skip
+@click.option("--calibration", type=click.Choice(CALIBRATIONS), default="static", help="How gates start, as in "
+              "`gatedprune finetune`.")  # fmt: skip
+@click.option("--precision", type=click.Choice(PRECISIONS), help="Mixed precision; default: as `accelerate launch` "
+              "says.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes that load images.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="For training on a CPU, and for timing.")
 @click.option("--repeats", type=click.IntRange(1), default=100, help="Timed rounds.")
@@ -52,8 +57,8 @@ NETWORKS = f"{__package__}.network"
 @click.option("--time/--no-time", "timing", default=True, help="Also measure milliseconds.")
 def main(data: str, output: Path, model: str, weights: str | None, pixels: int, seeds: tuple[int, ...],
          macs: tuple[float, ...], epochs: int, finetune_epochs: int, lr: float, finetune_lr: float, batch_size: int,
-         distill: float, rise: float, calibration_images: int, workers: int, threads: int, repeats: int, train: bool,
-         timing: bool) -> None:  # fmt: skip
+         distill: float, rise: float, calibration_images: int, calibration: str, precision: str | None,
+         workers: int, threads: int, repeats: int, train: bool, timing: bool) -> None:  # fmt: skip
     """Train a network dense, then prune it statically and dynamically, all alike, and compare.
 
     Static and dynamic start from the same dense network, at the same share of its MACs, and are trained with the same
@@ -66,11 +71,11 @@ def main(data: str, output: Path, model: str, weights: str | None, pixels: int, 
     """
     torch.set_num_threads(threads)
     recipe = {"data": data, "val_split": "test", "size": (pixels, pixels), "batch_size": batch_size, "workers": workers,
-              "channels_last": torch.accelerator.is_available(), "min_crop": 0.5, "weight_decay": 5e-4}  # fmt: skip
+              "precision": precision, "channels_last": torch.accelerator.is_available(), "min_crop": 0.5, "weight_decay": 5e-4}  # fmt: skip
     network = f"{NETWORKS}:{model}" if model in ("small", "large") else model
     dense = {"model": network, "weights": weights, "epochs": epochs, "lr": lr}
     pruned = {"epochs": finetune_epochs, "lr": finetune_lr, "distill": distill, "rise": rise,
-              "calibrate": calibration_images}  # fmt: skip
+              "calibrate": calibration_images, "calibration": calibration}  # fmt: skip
     trials = Trials(output, recipe, dense, pruned, macs, seeds=seeds)
     try:
         if train:

@@ -46,7 +46,13 @@ _OPTIONS = [
         type=click.IntRange(0),
         default=0,
         metavar="N",
-        help="Fit predictors, or choose static channels, on N images first.",
+        help="Choose channels on N images first.",
+    ),
+    _option(
+        "--calibration",
+        type=click.Choice(["static", "dynamic"]),
+        default="static",
+        help="How calibrated gates start: with the best static choice, or choosing by image at once.",
     ),
     _option(
         "--schedule", type=click.Choice(["constant", "step", "cosine"]), default="cosine", help="How the ratio rises."

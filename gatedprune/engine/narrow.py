@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import channel_gain, per_row, subsample
+from ..functional import active_set, channel_gain, per_row, subsample
 from ..gates import Gate
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
@@ -61,8 +61,8 @@ class Selector(nn.Module):
         self.last_active = active
         return active, gain
 
-    def choose(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`forward` without a memory of what it chose."""
+    def choose(self, x: Tensor, index: Tensor | None = None, winners: Any = active_set) -> tuple[Tensor, Tensor]:
+        """`forward` without a memory of what it chose; ``winners`` as in `Gate.select`."""
         gate = self.gate
         native = self.native and _fits(x) and gate.weight.dtype is torch.float32
         if self.subsampled:
@@ -88,7 +88,7 @@ class Selector(nn.Module):
         else:
             if index is not None:
                 s = s.new_zeros(s.shape[0], gate.in_channels).scatter(1, index, s)
-            active, gain, _ = gate.select(s)
+            active, gain, _ = gate.select(s, winners)
             if gate.varies:
                 # Of one sample, or one for the batch: what fills its row up is cut off.
                 assert len(active) == 1, "samples with active sets of their own lengths go through one by one"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine import narrow, narrow_norms
-from ..functional import per_row, subsample
+from ..functional import active_set, per_row, subsample
 
 __all__ = ["batched"]
 
@@ -203,7 +203,19 @@ class Selector(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.layer.choose(x, index)
+        return self.layer.choose(x, index, _active_set)
+
+
+def _active_set(g: Tensor, k: int) -> Tensor:
+    """`functional.active_set`, whatever a runtime does with equal values: OpenVINO's TopK has them in any order."""
+    channels = g.shape[1]
+    if k == channels:
+        return active_set(g, k)
+    least = g.topk(k, dim=1).values[:, -1:]
+    above, level = g > least, g == least
+    wins = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    place = torch.arange(channels, dtype=torch.float32)
+    return torch.where(wins, channels - place, -place).topk(k, dim=1).indices  # no two are equal
 
 
 class GroupNorm(nn.Module):

@@ -19,13 +19,20 @@ __all__ = ["EpochSampler", "SeededDataset", "seed_everything"]
 ORDER, IMAGE, STEP = 0, 1, 2  # what is drawn: one stream of numbers each
 
 
-def seed_everything(*position: int) -> None:
-    """Seed Python, NumPy and PyTorch (all devices) by a position: a few non-negative integers."""
+def seed_everything(*position: int, devices: bool = True) -> None:
+    """Seed Python, NumPy and PyTorch by a position: a few non-negative integers.
+
+    Args:
+        devices: Also PyTorch's generators on accelerators. Without them it takes a sixth of the time.
+    """
     drawn = np.random.SeedSequence(position).generate_state(1, np.uint64)[0]
     seed = int(drawn) & (2**63 - 1)
     random.seed(seed)
     np.random.seed(seed & (2**32 - 1))
-    torch.manual_seed(seed)
+    if devices:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -65,6 +72,6 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Any, int]:
         epoch, index = place
-        seed_everything(self.seed, IMAGE, epoch, index)
+        seed_everything(self.seed, IMAGE, epoch, index, devices=False)
         image, label = self.dataset[index]
         return image, int(label)

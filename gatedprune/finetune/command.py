@@ -97,7 +97,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         return _calibration_images(config, splits)
 
     start = build(config, splits.classes, None if state is None else state["kept"],
-                  images if state is None and config.calibrate else None)  # fmt: skip
+                  images if state is None and config.calibrate else None, accelerator.device)  # fmt: skip
     _check_same(state, splits, output)
     transform(start.dense, start.example)
     if accelerator.is_main_process:

@@ -139,7 +139,8 @@ class Trainer:
     def _loaders(self) -> tuple[DataLoader, DataLoader]:
         config = self.config
         size = config.batch_size // config.accumulate
-        common: dict[str, Any] = {"num_workers": config.workers, "pin_memory": self.accelerator.device.type == "cuda"}
+        common: dict[str, Any] = {"num_workers": config.workers, "persistent_workers": config.workers > 0,
+                                  "pin_memory": self.accelerator.device.type == "cuda"}  # fmt: skip
         train = DataLoader(SeededDataset(self.splits.train, config.seed), size, sampler=self.sampler, **common)
         return train, DataLoader(self.splits.val, size, **common)
 

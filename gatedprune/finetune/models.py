@@ -55,7 +55,8 @@ class Start:
 
 
 def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Tensor] | None = None,
-          images: Callable[[nn.Module, Tensor], Sequence[Tensor]] | None = None) -> Start:  # fmt: skip
+          images: Callable[[nn.Module, Tensor], Sequence[Tensor]] | None = None,
+          device: torch.device | str = "cpu") -> Start:  # fmt: skip
     """Make the model that a configuration asks for. Random weights follow from its seed.
 
     Args:
@@ -64,6 +65,7 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
         images: Takes the dense model and its example, and gives batches (B, C, H, W) to choose channels by: gates are
             calibrated on them, and static pruning keeps the channels that contribute most there. Default: gates start
             as `wrap` made them, and static pruning keeps the channels with the largest weights.
+        device: Where they are calibrated; the model that comes back lies on the CPU.
 
     Raises:
         ConfigError: No such model, or options that exclude each other.
@@ -89,7 +91,8 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
             network = wrap(network, config=config.gates(), example_inputs=example)
         gated: Any = network
         if images is not None:
-            calibrate(gated, images(dense, example))
+            choice: dict[str, Any] = {} if config.calibration == "dynamic" else {"dynamic": False, "strength": 1.0}
+            _calibrate(gated, images(dense, example), device, **choice)
         return Start(gated, dense, teach(dense), None, trained_head, example, gated.site_report.macs)
     network = _dense(network)
     if config.mode == "dense":
@@ -101,13 +104,19 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
         marked = wrap(copy.deepcopy(network), config=config.gates(), example_inputs=example)
         report, keep = marked.site_report, None
         if images is not None:
-            calibrate(marked, images(network, example), dynamic=False)  # with the same care as gates
+            _calibrate(marked, images(network, example), device, dynamic=False)  # with the same care as gates
             keep = {name: gate.bias.topk(gate.active_count).indices for name, gate in marked.gates.items()}
         pruned = prune_static(marked, keep=keep, example_inputs=example, by="torch-pruning")
     else:
         report = find_sites(network, example)
         pruned = prune_static(network, report, keep=kept, example_inputs=example, by="torch-pruning")
     return Start(pruned.model, network, teach(network), pruned.kept, trained_head, example, report.macs)
+
+
+def _calibrate(gated: Any, batches: Sequence[Tensor], device: torch.device | str, **options: Any) -> None:
+    # Its sums are double: not every accelerator has that.
+    calibrate(gated.to(device if torch.device(device).type == "cuda" else "cpu"), batches, **options)
+    gated.cpu()
 
 
 def _dense(model: nn.Module) -> nn.Module:

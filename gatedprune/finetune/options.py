@@ -13,8 +13,9 @@ from ..config import GateConfig
 from ..errors import ConfigError
 from ..training.schedule import KINDS
 
-__all__ = ["MODES", "PRECISIONS", "FinetuneConfig"]
+__all__ = ["CALIBRATIONS", "MODES", "PRECISIONS", "FinetuneConfig"]
 
+CALIBRATIONS = ("static", "dynamic")
 MODES = ("dynamic", "static", "dense")
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -43,6 +44,9 @@ class FinetuneConfig:
         calibrate: Fit the predictors on so many training images first (`gatedprune.calibrate`); static pruning keeps
             the channels that contribute most on them. 0: gates start as `wrap` makes them, and static pruning keeps the
             channels with the largest weights.
+        calibration: How gates start where they are calibrated. "static": with the best static choice; training learns
+            gains and the choice by image from there. "dynamic": they choose by image from the start, at gain 1: better
+            before training, and where that is short.
         epochs, batch_size: Images of one optimiser step, over all processes and accumulated parts together.
         accumulate: Parts into which a batch is split, one after the other.
         lr, opt, momentum, weight_decay, clip_grad: Of timm's optimiser of that name.
@@ -85,6 +89,7 @@ class FinetuneConfig:
     weights: str | None = None
     size: tuple[int, int] | None = None
     calibrate: int = 0
+    calibration: str = "static"
     epochs: int = 10
     batch_size: int = 64
     accumulate: int = 1
@@ -142,7 +147,8 @@ class FinetuneConfig:
             self.gates()  # raises where the gates' own options are out of their domain
 
     def _check_choices(self) -> None:
-        for name, choices in (("mode", MODES), ("schedule", KINDS), ("precision", (None, *PRECISIONS))):
+        for name, choices in (("mode", MODES), ("calibration", CALIBRATIONS), ("schedule", KINDS),
+                              ("precision", (None, *PRECISIONS))):  # fmt: skip
             if getattr(self, name) not in choices:
                 known = ", ".join(c for c in choices if c)
                 raise ConfigError(f"`{name}` of finetune must be one of {known}. Got {getattr(self, name)!r}.")

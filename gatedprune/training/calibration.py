@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -83,13 +83,17 @@ class Calibration:
 
 
 def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int = 5, norms: bool = True,
-              dynamic: bool = True, inputs: Inputs | None = None) -> Calibration:  # fmt: skip
+              dynamic: bool = True, strength: float = 0.0, inputs: Inputs | None = None) -> Calibration:  # fmt: skip
     """Fit every gate's predictor, in closed form: from what the gate sees to what each channel contributes.
 
     A ridge regression from s(x) to each channel's contribution in the dense model (`Contributions`), with the shrinkage
     that predicts best on the folds left out, the constant term alone among the candidates: that is a static ranking by
     mean contribution. Eval mode, no labels, no training; memory does not grow with the data. The gain of every winner
     stays exactly 1 (`Gate.strength` becomes 0).
+
+    To train the network afterwards, start with ``dynamic=False, strength=1``: the best static choice, at gain 1, from
+    which training learns gains and the choice by image (FBS's own start, with a better ranking). A network trained with
+    predictors that choose by image from the first step learns less well: see the page on fine-tuning.
 
     Two things change once channels are suppressed: what later gates see, and what a channel is worth beside those that
     are left. So the first round looks at the dense model alone, with all channels there; in each further one gates see
@@ -113,14 +117,16 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
         folds: K ≥ 2 of the cross-validation. Sample i belongs to fold i mod K: keep the order from pass to pass.
         norms: Match the batch norms behind the layers that read a site, in one more pass.
         dynamic: False: the constant term alone. The model is then a statically pruned one, chosen and matched with the
-            same care: what to compare with.
+            same care: what to compare with, and what to train from.
+        strength: σ of every gate afterwards (see `Gate`), not negative. With ``dynamic=False`` the gain is 1 whatever
+            σ is; otherwise a σ above 0 rescales winners at once.
         inputs: From an element of ``batches`` to the model's argument, or to a tuple of them.
 
     Returns:
         The shrinkage and the cross-validated R² of each site, and the batch norms that were matched.
 
     Raises:
-        ConfigError: ``rounds`` or ``folds`` out of its domain. ModelError: the model is not gated.
+        ConfigError: ``rounds``, ``folds`` or ``strength`` out of its domain. ModelError: the model is not gated.
         DataError: no batches, batches that can be gone through only once, or activations that are not finite. The gates
             are then as they were.
 
@@ -130,6 +136,8 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
     for name, value, least in (("rounds", rounds, 1), ("folds", folds, 2)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise ConfigError(f"`{name}` of calibrate() must be an integer of at least {least}. Got {value!r}.")
+    if not (isinstance(strength, Real) and math.isfinite(strength) and strength >= 0):
+        raise ConfigError(f"`strength` of calibrate() must be a number of at least 0. Got {strength!r}.")
     check_gated(gated, "calibrate()")
     thresholds = any(gate.varies for gate in gated.gates.values())
     if (rounds > 1 or norms or thresholds) and isinstance(batches, Iterator):
@@ -144,6 +152,9 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
                                             int(folds), dynamic)  # fmt: skip
         if thresholds:
             gated.fit_thresholds(batches, inputs=inputs)
+        with torch.no_grad():
+            for gate in gated.gates.values():
+                gate.strength.fill_(float(strength))
     except BaseException:
         gated.gate_modules.load_state_dict(before)
         raise

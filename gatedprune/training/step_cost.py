@@ -142,14 +142,17 @@ class _Run:
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--straight-through", is_flag=True)
-def main(model: str, size: int, batch: int, ratio: float, rounds: int, threads: int, straight_through: bool) -> None:
+@click.option("--device", default="cpu", show_default=True, help="As torch names it: cpu, cuda.")
+def main(model: str, size: int, batch: int, ratio: float, rounds: int, threads: int, straight_through: bool,
+         device: str) -> None:  # fmt: skip
     """A training step of a timm model with gates, beside one without: milliseconds and memory. Weights are random."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    network = timm.create_model(model)
-    found = step_cost(network, torch.randn(batch, 3, size, size), ratio=ratio, rounds=rounds,
+    network = timm.create_model(model).to(device)
+    found = step_cost(network, torch.randn(batch, 3, size, size, device=device), ratio=ratio, rounds=rounds,
                       straight_through=straight_through)  # fmt: skip
-    click.echo(f"{model}, {batch}×3×{size}×{size}, ratio {ratio:g}, {threads} thread(s), torch {torch.__version__}")
+    where = f"{threads} thread(s)" if device == "cpu" else device
+    click.echo(f"{model}, {batch}×3×{size}×{size}, ratio {ratio:g}, {where}, torch {torch.__version__}")
     click.echo(str(found))
 
 

@@ -155,8 +155,28 @@ def test_training_mode_and_statistics_come_back() -> None:
 def test_training_moves_the_gain_of_a_calibrated_model() -> None:
     model, x = gated(), images(8)
     model.calibrate([x])
+    moved = set()
+    for direction in (1, -1):  # a strength of 0 can only rise
+        model.zero_grad()
+        (direction * model.train()(x).square().mean()).backward()
+        grads = {name: float(g.strength.grad) for name, g in model.gates.items()}
+        assert max(grads.values()) <= 0
+        moved |= {name for name, grad in grads.items() if grad < 0}
+    assert moved == set(model.gates)
+
+
+def test_a_start_for_training() -> None:
+    """The static choice at gain 1, from which predictors hear of the loss at once."""
+    model, x = gated(), images(8)
+    static = copy.deepcopy(model)
+    static.calibrate([x], dynamic=False)
+    model.calibrate([x], dynamic=False, strength=1)
+    torch.testing.assert_close(model(x), static(x))
     model.train()(x).square().mean().backward()
-    assert all(float(g.strength.grad.abs()) > 0 for g in model.gates.values())
+    assert all(float(g.weight.grad.abs().sum()) > 0 for g in model.gates.values())
+    for wrong in (-1, float("nan"), "much"):
+        with pytest.raises(ConfigError, match="`strength` of calibrate"):
+            model.calibrate([x], strength=wrong)
 
 
 def test_reset_gates_undoes_it() -> None:

@@ -245,7 +245,7 @@ def test_subsample(shape: tuple[int, ...], dim: int) -> None:
 
 @pytest.mark.parametrize("k", [1, 5, 16])
 @pytest.mark.parametrize("boost", [True, False])
-@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0, -0.5])
 @pytest.mark.parametrize("bound", [None, 1.1])
 def test_gate(k: int, boost: bool, strength: float, bound: float | None) -> None:
     """Ties go to the lower index, as in the reference; most saliencies here are zero, and so tie."""

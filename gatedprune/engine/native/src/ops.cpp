@@ -531,7 +531,7 @@ std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Te
   std::vector<uint64_t> keys(C);
   std::vector<char> wins(C);
   const float* at_start = from.const_data_ptr<float>();
-  const float sigma = strength.item<float>();
+  const float sigma = std::max(strength.item<float>(), 0.0f);
   const float most = max_gain ? float(*max_gain) : std::numeric_limits<float>::infinity();
   for (int64_t b = 0; b < B; b++) {
     const float* v = g.const_data_ptr<float>() + b * C;
