@@ -25,9 +25,9 @@ class Gate(nn.Module):
     which is the same thing where every channel ranks equal.)
 
     The strength σ is 1 before calibration, where g is g_start for every input. Calibration lets g vary with the input
-    and sets σ to 0, so that the gain is still exactly 1; training may raise σ, which gets a gradient at 0 too. A σ below 0
-    counts as 0: winners have larger saliencies than at the start, so that a negative σ turns a layer's best channels off,
-    and an optimiser that wants smaller activations gets there within a few steps and does not come back.
+    and sets σ to 0, so that the gain is still exactly 1; training may raise σ, which gets a gradient at 0 too. A σ
+    below 0 counts as 0: it would turn a layer's best channels off, and an optimiser that wants smaller activations
+    gets there within a few steps and does not come back.
 
     The gain is at most ``max_gain``: gains multiply from layer to layer, and a network whose gains feed each other's
     saliencies ends in NaN. At the bound, gradients that lead back still pass.
@@ -108,9 +108,7 @@ class Gate(nn.Module):
         if self.threshold is not None:
             self.threshold.fill_(float("inf"))
 
-    def select(
-        self, s: Tensor, winners: Callable[[Tensor, int], Tensor] = active_set
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, s: Tensor, winners: Callable[[Tensor, int], Tensor] = active_set) -> tuple[Tensor, Tensor, Tensor]:
         """From the subsampled input s (B, C_in): active set (B, k), gain of the winners (B, k), saliency (B, C).
 
         With a threshold active set and gain are (B, C), see the class.

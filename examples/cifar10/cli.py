@@ -50,6 +50,8 @@ NETWORKS = f"{__package__}.network"
               "`gatedprune finetune`.")  # fmt: skip
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Mixed precision; default: as `accelerate launch` "
               "says.")  # fmt: skip
+@click.option("--channels-last/--channels-first", default=torch.accelerator.is_available(), help="Memory layout; "
+              "default: last on a GPU.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0), default=0, help="Processes that load images.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="For training on a CPU, and for timing.")
 @click.option("--repeats", type=click.IntRange(1), default=100, help="Timed rounds.")
@@ -58,7 +60,7 @@ NETWORKS = f"{__package__}.network"
 def main(data: str, output: Path, model: str, weights: str | None, pixels: int, seeds: tuple[int, ...],
          macs: tuple[float, ...], epochs: int, finetune_epochs: int, lr: float, finetune_lr: float, batch_size: int,
          distill: float, rise: float, calibration_images: int, calibration: str, precision: str | None,
-         workers: int, threads: int, repeats: int, train: bool, timing: bool) -> None:  # fmt: skip
+         channels_last: bool, workers: int, threads: int, repeats: int, train: bool, timing: bool) -> None:  # fmt: skip
     """Train a network dense, then prune it statically and dynamically, all alike, and compare.
 
     Static and dynamic start from the same dense network, at the same share of its MACs, and are trained with the same
@@ -71,7 +73,8 @@ def main(data: str, output: Path, model: str, weights: str | None, pixels: int, 
     """
     torch.set_num_threads(threads)
     recipe = {"data": data, "val_split": "test", "size": (pixels, pixels), "batch_size": batch_size, "workers": workers,
-              "precision": precision, "channels_last": torch.accelerator.is_available(), "min_crop": 0.5, "weight_decay": 5e-4}  # fmt: skip
+              "precision": precision, "channels_last": channels_last, "min_crop": 0.5,
+              "weight_decay": 5e-4}  # fmt: skip
     network = f"{NETWORKS}:{model}" if model in ("small", "large") else model
     dense = {"model": network, "weights": weights, "epochs": epochs, "lr": lr}
     pruned = {"epochs": finetune_epochs, "lr": finetune_lr, "distill": distill, "rise": rise,

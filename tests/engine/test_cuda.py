@@ -11,7 +11,15 @@ from gatedprune.errors import BackendError
 from gatedprune.testing.case import enliven, excite
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-MODELS = ["test_resnet", "test_efficientnet", "test_byobnet", "test_convnext", "test_vit", "test_nfnet", "test_mambaout"]
+MODELS = [
+    "test_resnet",
+    "test_efficientnet",
+    "test_byobnet",
+    "test_convnext",
+    "test_vit",
+    "test_nfnet",
+    "test_mambaout",
+]
 
 
 @pytest.mark.parametrize("share", ["sample", "batch"])

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 import gatedprune
 from gatedprune.engine import freeze
 from gatedprune.errors import ConfigError, ExportError, ModelError
+from gatedprune.export import batched as batched_module
 from gatedprune.export import exporter
 from gatedprune.export.check import check_model
 from gatedprune.export.formats import FORMATS, Format
+from gatedprune.functional import active_set
 from gatedprune.training import most_used
 
 SIZE = 64
@@ -222,6 +224,29 @@ def test_equal_saliencies_are_decided_alike(tmp_path: Path) -> None:
             gate.start.fill_(1.0)
     made = gatedprune.export(gated, tmp_path / "m.onnx", batch=1)
     assert made.difference is not None and made.difference < 1e-5 and made.active_sets == 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7, 40])
+def test_winners_do_not_hang_on_how_a_runtime_orders_equal_values(channels: int) -> None:
+    """OpenVINO's TopK has equal values in any order."""
+    generator = torch.Generator().manual_seed(channels)
+    g = torch.randint(0, 3, (50, channels), generator=generator).float()
+    for k in range(1, channels + 1):
+        assert torch.equal(batched_module._active_set(g, k), active_set(g, k))
+
+
+@pytest.mark.parametrize("batch", [None, 1, 2])
+def test_openvino_gives_the_same_numbers(batch: int | None, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra export")
+    pytest.importorskip("openvino", reason="needs the package openvino")
+    gated = gated_model("resnet")
+    with torch.no_grad():
+        for gate in gated.gates.values():  # every other channel is level with its like
+            gate.weight[::2] = 0
+            gate.bias[::2] = gate.bias.median()
+            gate.start[::2] = gate.bias.median()
+    made = gatedprune.export(gated, tmp_path / "m.onnx", batch=batch)
+    assert made.runtimes == ("openvino",) and made.active_sets > 1
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, **replace: Any) -> None:
