@@ -24,6 +24,7 @@ __all__ = [
     "per_row",
     "response_norm",
     "saliency",
+    "scale_batch_normed",
     "scale_channels",
     "straight_through",
     "subsample",
@@ -223,6 +224,55 @@ def scale_channels(x: Tensor, gain: Tensor, channel_dim: int) -> Tensor:
     view = [1] * x.dim()
     view[0], view[channel_dim] = x.shape[0], gain.shape[1]
     return x * per_row(gain, x.shape[0]).to(x.dtype).view(view)
+
+
+# Nodes of PyTorch's autograd: each saves the norm's input, its mean and the inverse of its standard deviation.
+_BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+
+
+def _over_places(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.sum(list(range(2, x.dim())))
+
+
+class _ScaleNormed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gain: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(gain, x, scale, shift)
+        return scale_channels(y, gain, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gain, x, scale, shift), (gradient,) = ctx.saved_tensors, gradients
+        to_gain = None
+        if ctx.needs_input_grad[1]:
+            to_gain = scale * _over_places(gradient * x) + shift * _over_places(gradient)
+        return scale_channels(gradient, gain, 1), to_gain, None, None, None
+
+
+def scale_batch_normed(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """y · gain for what a batch norm gave in training, without keeping y for the backward pass.
+
+    It follows from the norm's input, which the norm keeps anyway. Where that cannot be had (eval mode, autocast,
+    compiled, a y that something else has changed) y is kept.
+
+    Args:
+        y: (B, C, …). gain: (B, C). bias: (C,), the norm's; None: it has none.
+
+    Returns:
+        Of y's shape.
+    """
+    norm: Any = None if torch.compiler.is_compiling() else y.grad_fn
+    if (norm is None or norm.name() not in _BATCH_NORMS or not norm._saved_training or gain.shape != y.shape[:2]
+            or not y.dtype == gain.dtype == norm._saved_input.dtype):  # fmt: skip
+        return scale_channels(y, gain, 1)
+    scale, weight = norm._saved_result2, norm._saved_weight  # 1 / standard deviation
+    if weight is not None:
+        scale = scale * weight.detach()
+    shift = -norm._saved_result1 * scale  # mean
+    if bias is not None:
+        shift = shift + bias.detach()
+    out: Tensor = _ScaleNormed.apply(y, gain, norm._saved_input.detach(), scale, shift)
+    return out
 
 
 def masked_norm(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from gatedprune.errors import ConfigError
 from gatedprune.functional import (
@@ -17,6 +17,8 @@ from gatedprune.functional import (
     channel_gain,
     indexed_conv2d,
     saliency,
+    scale_batch_normed,
+    scale_channels,
     straight_through,
     subsample,
     threshold_set,
@@ -199,3 +201,36 @@ def test_a_subsample_may_be_taken_in_another_type() -> None:
     assert subsample(x, dtype=torch.float32).dtype == torch.float32
     torch.testing.assert_close(subsample(x, dtype=torch.float32), subsample(x.float()))
     assert subsample(x[:, :, 0, 0], dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (6, 5)])
+def test_scaling_a_batch_norm_keeps_nothing_more(shape: tuple[int, ...], affine: bool) -> None:
+    torch.manual_seed(0)
+    norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(5, affine=affine).double().train()
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = (3 * torch.randn(shape, dtype=torch.float64) + 2).requires_grad_()
+    gain, target = torch.rand(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(shape, dtype=torch.float64)
+    found = []
+    for scale in (lambda y: scale_channels(y, gain, 1), lambda y: scale_batch_normed(y, gain, norm.bias)):
+        kept: set[int] = set()
+        inputs = [x, gain, *norm.parameters()]
+
+        def pack(t: Tensor, kept: set[int] = kept) -> Tensor:
+            kept.add(t.untyped_storage().data_ptr() if t.dim() == len(shape) and t.shape == shape else 0)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = scale(norm(x))
+        gradients = torch.autograd.grad((out * target).sum(), inputs)
+        found.append((out.detach(), gradients, len(kept - {0, target.untyped_storage().data_ptr()})))
+    torch.testing.assert_close(found[0][:2], found[1][:2])
+    assert found[1][2] < found[0][2]  # the norm's output is not kept
+
+
+def test_scaling_a_batch_norm_in_eval_mode() -> None:
+    norm, gain = nn.BatchNorm2d(5).eval(), torch.rand(2, 5, requires_grad=True)
+    y = norm(torch.randn(2, 5, 3, 3))
+    torch.testing.assert_close(scale_batch_normed(y, gain, norm.bias), scale_channels(y, gain, 1))

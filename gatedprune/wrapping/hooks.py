@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import DataError
-from ..functional import channel_gain, masked_norm, scale_channels
+from ..functional import channel_gain, masked_norm, scale_batch_normed, scale_channels
 from ..gates import Gate
 from ..sites import Attach, NormAt, Site
 
 __all__ = ["GatingState", "attach"]
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class GatingState:
@@ -64,16 +66,18 @@ class _Scale:
     def __init__(self, state: GatingState, gate: Gate, at: Attach, gain: bool) -> None:
         self.state, self.gate, self.at, self.gain = state, gate, at, gain
 
-    def scale(self, x: Tensor) -> Tensor:
+    def spread(self) -> Tensor:
+        """The gain or mask of each channel that the value has, (B, n)."""
         gate, at = self.gate, self.at
         active, gain = gate.last_active, gate.last_gain
         assert active is not None and gain is not None  # the graph orders the gate before its readers
         if self.gain and gate.last_whole is not None:
-            spread = gate.last_whole if at.units is None else F.pad(gate.last_whole, (0, 1), value=1)[:, at.units]
-        else:
-            values = gain if self.gain else gain.new_ones(gain.shape)
-            spread = channel_gain(values, active, at.units, gate.channels)
-        return scale_channels(x, spread, at.channel_dim)
+            return gate.last_whole if at.units is None else F.pad(gate.last_whole, (0, 1), value=1)[:, at.units]
+        values = gain if self.gain else gain.new_ones(gain.shape)
+        return channel_gain(values, active, at.units, gate.channels)
+
+    def scale(self, x: Tensor) -> Tensor:
+        return scale_channels(x, self.spread(), self.at.channel_dim)
 
 
 class _ScaleInput(_Scale):
@@ -92,7 +96,12 @@ class _ScaleOutput(_Scale):
     """Forward hook."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        return None if self.state.suspended else self.scale(output)
+        if self.state.suspended:
+            return None
+        if type(module) in BATCH_NORMS:  # not their subclasses, which may do more
+            bias: Any = module.bias
+            return scale_batch_normed(output, self.spread(), bias)
+        return self.scale(output)
 
 
 class _Renorm:

@@ -12,6 +12,7 @@ import torch
 
 import gatedprune
 from gatedprune.errors import ConfigError, DataError, ModelError
+from gatedprune.testing.case import enliven
 from gatedprune.training import allocate
 from gatedprune.training.allocation import divergence, share_out
 
@@ -50,7 +51,7 @@ def test_divergence() -> None:
 
 def test_insensitive_sites_give_most() -> None:
     torch.manual_seed(0)
-    model = timm.create_model("test_efficientnet", num_classes=10).eval()
+    model = enliven(timm.create_model("test_resnet", num_classes=10), seed=0).eval()
     gated: Any = gatedprune.wrap(model, 0.0, example_inputs=torch.zeros(1, 3, 48, 48))
     first, *others = (site.name for site in gated.gated_sites)
     with torch.no_grad():  # what reads the first site is deaf
@@ -60,6 +61,8 @@ def test_insensitive_sites_give_most() -> None:
     counts = {name: gate.active_count for name, gate in gated.gates.items()}
     assert gated.site_report.macs_with(counts) <= 0.85 * gated.site_report.macs
     assert found.macs == gated.site_report.macs_with(counts) / gated.site_report.macs
+    losses = {name: max(loss for _, loss in pairs) for name, pairs in found.sensitivity.items()}
+    assert losses.pop(first) < 1e-12 and min(losses.values()) > 1e-10  # 1e-16 is rounding
     assert found.ratios[first] >= max(found.ratios[name] for name in others)
     assert all(abs(gate.ratio - found.ratios[name]) < 1e-9 for name, gate in gated.gates.items())
     assert first in str(found)
