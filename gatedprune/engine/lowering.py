@@ -164,7 +164,8 @@ class Lowering:
         for site in sites:
             active, gain = self.selected[site]
             args += [active, self.graph.call_function(torch.ones_like, (gain,)) if ones else gain]
-        return self.module("gain", narrow.ChannelGain(units, [self.layouts.counts[n] for n in numbers]), tuple(args))
+        module = narrow.ChannelGain(units, [self.layouts.counts[n] for n in numbers], self.native)
+        return self.module("gain", module, tuple(args))
 
     def _select(self, name: str, found: SiteNodes) -> None:
         layout = self.state[found.gate_input]

@@ -65,10 +65,15 @@ class Selector(nn.Module):
         """`forward` without a memory of what it chose; ``winners`` as in `Gate.select`."""
         gate = self.gate
         native = self.native and _fits(x) and gate.weight.dtype is torch.float32
+        dim: int | None = None
         if self.subsampled:
             s = x
         elif native and not gate.signed and x.dim() > 2 and gate.channel_dim % x.dim() in (1, x.dim() - 1):
-            s = torch.ops.gatedprune.subsample(x, gate.channel_dim % x.dim())
+            dim = gate.channel_dim % x.dim()
+            if self.shared or gate.varies:
+                s, dim = torch.ops.gatedprune.subsample(x, dim), None
+            else:
+                s = x  # all in one operator
         else:
             s = subsample(x, gate.channel_dim, gate.signed)
         if self.shared:
@@ -84,6 +89,7 @@ class Selector(nn.Module):
                 gate.active_count,
                 gate.boost,
                 gate.max_gain,
+                dim,
             )
         else:
             if index is not None:
@@ -128,14 +134,20 @@ class ChannelIndex(nn.Module):
 class ChannelGain(nn.Module):
     """Gain per channel of a tensor, (B, n): full, or of the channels that ``index`` names."""
 
-    def __init__(self, units: list[Tensor], channels: list[int]) -> None:
+    def __init__(self, units: list[Tensor], channels: list[int], native: bool = False) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.native = channels, native
         for i, u in enumerate(units):
             self.register_buffer(f"units{i}", u)
 
     def forward(self, index: Tensor | None, *selections: Tensor) -> Tensor:
         """``selections``: active set and gain of each site in turn."""
+        if self.native and _fits(selections[1]) and all(gain.dtype is torch.float32 for gain in selections[1::2]):
+            units = [getattr(self, f"units{i}") for i in range(len(self.channels))]
+            found: Tensor = torch.ops.gatedprune.channel_gain(
+                units, selections[::2], selections[1::2], self.channels, index
+            )
+            return found
         out = None
         for i, channels in enumerate(self.channels):
             active, gain = selections[2 * i], selections[2 * i + 1]

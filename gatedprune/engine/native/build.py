@@ -199,12 +199,16 @@ def _register_fakes() -> None:
         n = fixed.numel() + sum(a.shape[1] * t.shape[1] for a, t in zip(active, tables, strict=True))
         return fixed.new_empty(active[0].shape[0], n)
 
+    @torch.library.register_fake("gatedprune::channel_gain")
+    def channel_gain(units, active, gain, sizes, index):
+        return gain[0].new_empty(gain[0].shape[0], units[0].numel() if index is None else index.shape[1])
+
     @torch.library.register_fake("gatedprune::subsample")
     def subsample(x, channel_dim):
         return x.new_empty(x.shape[0], x.shape[channel_dim])
 
     @torch.library.register_fake("gatedprune::gate")
-    def gate(s, weight, bias, start, strength, index, k, boost, max_gain=None):
+    def gate(s, weight, bias, start, strength, index, k, boost, max_gain=None, channel_dim=None):
         return s.new_empty((s.shape[0], k), dtype=torch.long), s.new_empty(s.shape[0], k)
 
 

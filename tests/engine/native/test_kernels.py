@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gatedprune.engine import native
-from gatedprune.engine.narrow import ACTIVATIONS, ChannelIndex
+from gatedprune.engine.narrow import ACTIVATIONS, ChannelGain, ChannelIndex
 from gatedprune.errors import BackendError
 from gatedprune.functional import indexed_conv2d, subsample
 from gatedprune.gates import Gate
@@ -266,6 +266,38 @@ def test_gate(k: int, boost: bool, strength: float, bound: float | None) -> None
     assert torch.equal(narrow[0], gate.select(wide)[0])
 
 
+@pytest.mark.parametrize(("shape", "dim"), [((1, 8, 5, 4), 1), ((3, 8, 5, 4), 1), ((1, 70, 8), 2), ((2, 600, 8), 2)])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_gate_that_subsamples(shape: tuple[int, ...], dim: int, narrow: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = torch.randn(shape, generator=g), torch.randn(40, 8, generator=g), torch.randn(40, generator=g)
+    rest = (bias, torch.zeros(40), torch.ones(()))
+    index = subsets(shape[0], 12, 8, g) if narrow else None
+    if index is not None:
+        weight = torch.randn(40, 12, generator=g)
+    found = ops.gate(x, weight, *rest, index, 11, True, None, dim)
+    s = subsample(x, dim)
+    if index is not None:
+        s = torch.zeros(shape[0], 12).scatter(1, index, s)
+    saliency = (s @ weight.T + bias).relu()
+    assert torch.equal(found[0], saliency.topk(11).indices.sort().values)
+    torch.testing.assert_close(found[1], 1 + saliency.gather(1, found[0]), **CLOSE)
+
+
+def test_channel_gain() -> None:
+    g = torch.Generator().manual_seed(0)
+    units = [torch.tensor([0, 1, -1, 1, 2, 2]), torch.tensor([-1, 0, 0, -1, 1, -1])]
+    plain, native_ = ChannelGain(units, [3, 2]), ChannelGain(units, [3, 2], native=True)
+    # The second site's sets are of their own lengths: 2 is no unit.
+    given_ = (torch.tensor([[0, 2], [1, 2]]), torch.rand(2, 2, generator=g) + 1,
+              torch.tensor([[1, 2], [0, 1]]), torch.rand(2, 2, generator=g) + 1)  # fmt: skip
+    for index in (None, torch.tensor([[0, 2, 5], [1, 3, 4]])):
+        assert torch.equal(plain(index, *given_), native_(index, *given_))
+    for index, active in ((torch.tensor([[6]]), given_[0]), (None, torch.tensor([[0, 4], [0, 1]]))):
+        with pytest.raises((RuntimeError, IndexError), match="outside"):
+            native_(index, active, *given_[1:])
+
+
 def test_channel_index() -> None:
     tables, fixed = [torch.tensor([[0, 1], [2, 3]]), torch.tensor([[6], [5]])], torch.tensor([4, 7])
     plain, native_ = ChannelIndex(tables, fixed, 8), ChannelIndex(tables, fixed, 8, native=True)
@@ -353,6 +385,15 @@ def test_operators_are_well_registered() -> None:
         ops.gate.default,
         (s, torch.randn(6, 5), torch.ones(6), torch.ones(6), torch.ones(()), None, 3, True, 4.0),
         test_utils=checks,
+    )
+    torch.library.opcheck(
+        ops.gate.default,
+        (x, torch.randn(6, 3), torch.ones(6), torch.ones(6), torch.ones(()), None, 3, True, None, 1),
+        test_utils=checks,
+    )
+    units, active = torch.tensor([0, 1, -1, 1]), torch.tensor([[1]])
+    torch.library.opcheck(
+        ops.channel_gain.default, ([units], [active], [torch.rand(1, 1)], [2], active), test_utils=checks
     )
     table, fixed = torch.tensor([[0], [1], [2]]), torch.tensor([3])
     torch.library.opcheck(ops.channel_index.default, ([table], fixed, [torch.tensor([[0, 2]])], 4), test_utils=checks)

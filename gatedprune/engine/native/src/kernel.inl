@@ -116,7 +116,8 @@ GP_INLINE V gelu(V x) {
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  const V tail = 0.5f * p * t * vexp(-z * z);
+  // Less than exp(-80) vanishes beside x, and a denormal number takes a hundred cycles.
+  const V tail = 0.5f * p * t * vexp(vmax(-z * z, splat(-80.f)));
   return x * (x < V{} ? tail : 1.f - tail);
 }
 
@@ -149,61 +150,107 @@ GP_INLINE V activate(V v, Activation a) {
   }
 }
 
-// acc[r][v] (+)= sum over k of weight[r][column k] * panel[k][v].
+// Where a tile's rows go once their sums are complete: row r of the layer, pixels from n0, and |y| to `sums` if not null.
+struct Goal {
+  const Layer* layer;
+  int64_t r, n0;
+  float* sums;
+};
+
+// a[r][v] += w[r][q] * x[v].
+template <int R, int NV>
+GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)[NV]) {
+  V x[NV];
+  GP_UNROLL for (int v = 0; v < NV; v++) x[v] = *(const V*)(panel + v * L);
+  GP_UNROLL for (int r = 0; r < R; r++) {
+    const V s = splat(w[r][q]);
+    GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] += s * x[v];
+  }
+}
+
+// acc[r][v] (+)= sum over k of weight[r][column k] * panel[k][v]. FINISH: these are the last k, and what follows the sums
+// is done while they are in registers; for activations that are bounds.
 //
 // Weights come from memory, in runs too short for the hardware to foresee: meanwhile the rows `ahead` are fetched, which
 // the next tile will read at `ahead_columns`.
-template <int R, int NV>
+template <int R, int NV, bool FINISH>
 GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int64_t n, const float* panel, float* acc,
-                           bool first, const float* const* ahead, const int32_t* ahead_columns) {
+                           bool first, const float* const* ahead, const int32_t* ahead_columns, const Goal& goal) {
   V a[R][NV];
   const float* w[R];
   GP_UNROLL for (int r = 0; r < R; r++) {
     w[r] = rows[r];
     GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = first ? V{} : *(const V*)(acc + (r * NV + v) * L);
   }
-  for (int64_t k = 0; k < n; k++) {
-    const int64_t q = columns[k];
-    if (ahead && k % 4 == 0) {
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4, panel += 4 * NV * L) {
+    if (ahead) {
       const int64_t next = ahead_columns[k];
       GP_UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + next);
     }
-    V x[NV];
-    GP_UNROLL for (int v = 0; v < NV; v++) x[v] = *(const V*)(panel + (k * NV + v) * L);
-    GP_UNROLL for (int r = 0; r < R; r++) {
-      const V s = splat(w[r][q]);
-      GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] += s * x[v];
-    }
+    GP_UNROLL for (int i = 0; i < 4; i++) step<R, NV>(w, columns[k + i], panel + i * NV * L, a);
   }
-  GP_UNROLL for (int r = 0; r < R; r++)
-    GP_UNROLL for (int v = 0; v < NV; v++) *(V*)(acc + (r * NV + v) * L) = a[r][v];
+  for (; k < n; k++, panel += NV * L) step<R, NV>(w, columns[k], panel, a);
+  if (!FINISH) {
+    GP_UNROLL for (int r = 0; r < R; r++)
+      GP_UNROLL for (int v = 0; v < NV; v++) *(V*)(acc + (r * NV + v) * L) = a[r][v];
+    return;
+  }
+  const Layer& l = *goal.layer;
+  const float infinity = __builtin_inff();
+  const V low = splat(l.activation == Activation::none ? -infinity : 0.f);
+  const V high = splat(l.activation == Activation::relu6 ? 6.f : infinity);
+  const int64_t live = std::min<int64_t>(L, l.pixels - goal.n0 - (NV - 1) * L);  // of the last vector
+  GP_UNROLL for (int r = 0; r < R; r++) {
+    const int64_t row = goal.r + r, o = l.out ? l.out[row] : l.first_row + row, at = row * l.ldy + goal.n0;
+    const V bias = splat(l.bias ? l.bias[o] : 0.f), gain = splat(l.gain ? l.gain[row] : 1.f);
+    V total = goal.sums ? *(const V*)(goal.sums + r * L) : V{};
+    GP_UNROLL for (int v = 0; v < NV; v++) {
+      const bool whole = v + 1 < NV || live == L;
+      V x = (a[r][v] + bias) * gain;
+      if (l.residual) x += whole ? load(l.residual + at + v * L) : load_part(l.residual + at + v * L, live);
+      x = x < low ? low : x;  // NaN stays NaN
+      x = x > high ? high : x;
+      if (whole)
+        store(l.y + at + v * L, x);
+      else
+        store_part(l.y + at + v * L, x, live);
+      total += vabs(whole ? x : keep_part(x, live));
+    }
+    if (goal.sums) *(V*)(goal.sums + r * L) = total;
+  }
 }
 
 typedef void (*Tile)(const float* const*, const int32_t*, int64_t, const float*, float*, bool, const float* const*,
-                     const int32_t*);
+                     const int32_t*, const Goal&);
 
-template <int NV, int R>
+template <bool FINISH, int NV, int R>
 struct Tiles {
   static void fill(Tile* to) {
-    to[R] = &tile<R, NV>;
-    Tiles<NV, R - 1>::fill(to);
+    to[R] = &tile<R, NV, FINISH>;
+    Tiles<FINISH, NV, R - 1>::fill(to);
   }
 };
-template <int NV>
-struct Tiles<NV, 0> {
+template <bool FINISH, int NV>
+struct Tiles<FINISH, NV, 0> {
   static void fill(Tile*) {}
 };
 
 constexpr int TILE_ROWS[5] = {0, GP_TILE_1, GP_TILE_2, GP_TILE_3, GP_TILE_4};
 
 struct TileTable {
-  Tile of[5][17];
+  Tile of[2][5][17];  // finishing or not, vectors, rows
   TileTable() {
-    Tiles<1, GP_TILE_1>::fill(of[1]);
-    Tiles<2, GP_TILE_2>::fill(of[2]);
+    fill<false>(of[0]);
+    fill<true>(of[1]);
+  }
+  template <bool FINISH>
+  static void fill(Tile (*to)[17]) {
+    Tiles<FINISH, 1, GP_TILE_1>::fill(to[1]);
+    Tiles<FINISH, 2, GP_TILE_2>::fill(to[2]);
 #if GP_MAX_NV > 2
-    Tiles<3, GP_TILE_3>::fill(of[3]);
-    Tiles<4, GP_TILE_4>::fill(of[4]);
+    Tiles<FINISH, 3, GP_TILE_3>::fill(to[3]);
+    Tiles<FINISH, 4, GP_TILE_4>::fill(to[4]);
 #endif
   }
 };
@@ -332,6 +379,7 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   static const TileTable tiles;
   const int64_t depth = l.channels * l.taps, rows = r1 - r0;
   const int64_t most = group_size(4 * l.rows * l.ldw);
+  const bool bounds = !l.tokens_out && l.activation <= Activation::relu6;
   float* packed = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
   float* totals = packed;  // of |y|, a vector for each row
   packed += rows * L;
@@ -364,10 +412,14 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
         }
         for (int64_t p = 0; p < group; p++) {
           float* a = acc + p * acc_panel + (r - r0) * width;
-          tiles.of[nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0,
-                               p == 0 && more ? ahead : nullptr, l.columns + (wrap ? k1 : k0));
-          if (k1 == depth && !l.tokens_out)
-            for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, (v + p * nv) * L, nv, sums ? totals + (r + i - r0) * L : nullptr);
+          const bool last = k1 == depth;
+          float* sum = sums ? totals + (r - r0) * L : nullptr;
+          const int64_t n0 = (v + p * nv) * L;
+          tiles.of[bounds && last][nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0,
+                                               p == 0 && more ? ahead : nullptr, l.columns + (wrap ? k1 : k0),
+                                               Goal{&l, r, n0, sum});
+          if (last && !bounds && !l.tokens_out)
+            for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, n0, nv, sum ? sum + i * L : nullptr);
         }
         r += height;
       }
@@ -440,12 +492,18 @@ GP_TARGET static void depthwise(const Depthwise& d, float* sum) {
     over_taps<true>(d, sum);
 }
 
-// sums[c] += sum over tokens of |x[t][c]|.
+// sums[c] = sum over tokens of |x[t][c]|.
 GP_TARGET static void abs_sum_tokens(const float* x, int64_t tokens, int64_t channels, float* sums) {
-  for (int64_t t = 0; t < tokens; t++, x += channels) {
-    int64_t c = 0;
-    for (; c + L <= channels; c += L) store(sums + c, load(sums + c) + vabs(load(x + c)));
-    for (; c < channels; c++) sums[c] += std::fabs(x[c]);
+  int64_t c = 0;
+  for (; c + 4 * L <= channels; c += 4 * L) {
+    V a[4] = {};
+    for (int64_t t = 0; t < tokens; t++)
+      GP_UNROLL for (int v = 0; v < 4; v++) a[v] += vabs(load(x + t * channels + c + v * L));
+    for (int v = 0; v < 4; v++) store(sums + c + v * L, a[v]);
+  }
+  for (; c < channels; c++) {
+    sums[c] = 0;
+    for (int64_t t = 0; t < tokens; t++) sums[c] += std::fabs(x[t * channels + c]);
   }
 }
 

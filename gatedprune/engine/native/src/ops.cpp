@@ -425,16 +425,23 @@ Tensor subsample(const Tensor& x_, int64_t channel_dim) {
   const Kernels& kernel = kernels();
   if (channel_dim != 1 || x.dim() == 2) {
     // A few hundred tokens at a time, so that rounding does not grow with their number.
-    const int64_t step = 256, chunks = (n + step - 1) / step;
-    Tensor partial = at::zeros({B, chunks, C}, x.options());
-    float* to = partial.mutable_data_ptr<float>();
+    const int64_t step = 256, chunks = std::max<int64_t>(1, (n + step - 1) / step);
+    Tensor s = at::empty({B, C}, x.options());
+    Tensor partial = chunks == 1 ? s : at::empty({B, chunks, C}, x.options());
+    float *mean = s.mutable_data_ptr<float>(), *to = partial.mutable_data_ptr<float>();
     at::parallel_for(0, B * chunks, std::max<int64_t>(1, 256 / std::max<int64_t>(1, C)), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; i++) {
         const int64_t t = i % chunks * step;
         kernel.abs_sum_tokens(from + (i / chunks * n + t) * C, std::min(step, n - t), C, to + i * C);
       }
     });
-    return (chunks == 1 ? partial.view({B, C}) : partial.sum(1)).div_(n);
+    for (int64_t b = 0; b < B; b++)
+      for (int64_t c = 0; c < C; c++) {
+        float sum = 0;
+        for (int64_t t = 0; t < chunks; t++) sum += to[(b * chunks + t) * C + c];
+        mean[b * C + c] = sum / float(n);
+      }
+    return s;
   }
   Tensor s = at::empty({B, C}, x.options());
   float* to = s.mutable_data_ptr<float>();
@@ -517,24 +524,67 @@ Tensor channel_index(at::TensorList tables, const Tensor& fixed, at::TensorList 
   return out;
 }
 
-// Saliency and winner-takes-all: s (B, C_in or n) → active set (B, k), ascending, and gain (B, k).
+// What each channel of a tensor is multiplied by, (B, n): the product over sites of the gain of the unit that it belongs
+// to, units[i] (channels,) with -1 for none, gain 1. Channels of suppressed units get 0. index (B, n): of these channels.
+Tensor channel_gain(at::TensorList units, at::TensorList active, at::TensorList gain, at::IntArrayRef sizes,
+                    const optional<Tensor>& index_) {
+  TORCH_CHECK(!units.empty() && active.size() == units.size() && gain.size() == units.size() && sizes.size() == units.size(),
+              "one list entry for each site");
+  const int64_t B = gain[0].size(0), channels = units[0].numel();
+  const auto index = contiguous(index_);
+  check_index(index, channels, "index");
+  const int64_t n = index ? index->size(1) : channels;
+  Tensor out = at::empty({B, n}, gain[0].options());
+  TORCH_CHECK(out.scalar_type() == at::kFloat, "gains must be float32");
+  std::vector<float> full;
+  for (size_t i = 0; i < units.size(); i++) {
+    const Tensor of = units[i].contiguous(), winners = active[i].contiguous(), values = gain[i].contiguous();
+    const int64_t k = winners.size(1), size = sizes[i];
+    TORCH_CHECK(of.numel() == channels && winners.size(0) == B && values.sizes() == winners.sizes(), "shapes differ");
+    const int64_t* unit = of.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < B; b++) {
+      full.assign(size + 1, 0.f);  // one more for what fills up sets of their own lengths
+      for (int64_t j = 0; j < k; j++) {
+        const int64_t u = winners.const_data_ptr<int64_t>()[b * k + j];
+        TORCH_CHECK_INDEX(u >= 0 && u <= size, "unit ", u, " is outside [0, ", size, ")");
+        full[u] = values.const_data_ptr<float>()[b * k + j];
+      }
+      float* to = out.mutable_data_ptr<float>() + b * n;
+      const int64_t* at = row_of<int64_t>(index, b);
+      for (int64_t j = 0; j < n; j++) {
+        const int64_t u = unit[at ? at[j] : j];
+        TORCH_CHECK_INDEX(u < size, "unit ", u, " is outside [0, ", size, ")");
+        const float value = u < 0 ? 1.f : full[u];
+        to[j] = i ? to[j] * value : value;
+      }
+    }
+  }
+  return out;
+}
+
+// Saliency and winner-takes-all: s (B, C_in or n) → active set (B, k), ascending, and gain (B, k). With channel_dim
+// what the gate looks at, (B, …), in the place of s.
 std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Tensor& bias, const Tensor& start,
                                 const Tensor& strength, const optional<Tensor>& index, int64_t k, bool boost,
-                                optional<double> max_gain) {
-  Tensor s = s_;
-  if (index) s = at::zeros({s.size(0), weight.size(1)}, s.options()).scatter_(1, *index, s_);
-  const Tensor g = at::linear(s, weight, bias).relu_().contiguous(), from = start.contiguous();
+                                optional<double> max_gain, optional<int64_t> channel_dim) {
+  Tensor s = channel_dim ? subsample(s_, *channel_dim) : s_;
+  if (index) s = at::zeros({s.size(0), weight.size(1)}, s.options()).scatter_(1, *index, s);
+  // A matrix-vector product costs a third less than the product with a matrix of one row.
+  const Tensor g = s.size(0) == 1 ? at::addmv(bias, weight, s[0]).unsqueeze(0) : at::linear(s, weight, bias).contiguous();
+  const Tensor from = start.contiguous();
   const int64_t B = g.size(0), C = g.size(1);
-  TORCH_CHECK(g.scalar_type() == at::kFloat, "the gate must be float32");
+  TORCH_CHECK(g.scalar_type() == at::kFloat && from.scalar_type() == at::kFloat && strength.scalar_type() == at::kFloat,
+              "the gate must be float32");
   TORCH_CHECK(k >= 1 && k <= C, "k must be in [1, ", C, "]");
   Tensor active = at::empty({B, k}, g.options().dtype(at::kLong)), gain = at::empty({B, k}, g.options());
   std::vector<uint64_t> keys(C);
   std::vector<char> wins(C);
   const float* at_start = from.const_data_ptr<float>();
-  const float sigma = std::max(strength.item<float>(), 0.0f);
+  const float sigma = std::max(*strength.const_data_ptr<float>(), 0.0f);
   const float most = max_gain ? float(*max_gain) : std::numeric_limits<float>::infinity();
   for (int64_t b = 0; b < B; b++) {
-    const float* v = g.const_data_ptr<float>() + b * C;
+    float* v = g.mutable_data_ptr<float>() + b * C;
+    for (int64_t i = 0; i < C; i++) v[i] = v[i] < 0 ? 0.f : v[i];  // NaN stays NaN
     int64_t* to = active.mutable_data_ptr<int64_t>() + b * k;
     if (k == C) {
       std::iota(to, to + k, 0);
@@ -579,9 +629,10 @@ TORCH_LIBRARY(gatedprune, m) {
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
       "Tensor? residual, str activation, bool x_columns=False, bool y_columns=False) -> Tensor");
   m.def("subsample(Tensor x, int channel_dim) -> Tensor");
-  m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor strength, Tensor? index, int k, bool boost, float? max_gain=None) -> (Tensor, Tensor)");
+  m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor strength, Tensor? index, int k, bool boost, float? max_gain=None, int? channel_dim=None) -> (Tensor, Tensor)");
   m.def("affine(Tensor x, Tensor scale, Tensor shift, Tensor? index, str activation, bool mean) -> (Tensor, Tensor)");
   m.def("channel_index(Tensor[] tables, Tensor fixed, Tensor[] active, int channels) -> Tensor");
+  m.def("channel_gain(Tensor[] units, Tensor[] active, Tensor[] gain, int[] sizes, Tensor? index) -> Tensor");
   m.def("instruction_set(str name) -> str", &gatedprune::instruction_set);
 }
 
@@ -592,6 +643,7 @@ TORCH_LIBRARY_IMPL(gatedprune, CPU, m) {
   m.impl("linear", &gatedprune::linear);
   m.impl("affine", &gatedprune::affine);
   m.impl("channel_index", &gatedprune::channel_index);
+  m.impl("channel_gain", &gatedprune::channel_gain);
   m.impl("subsample", &gatedprune::subsample);
   m.impl("gate", &gatedprune::gate);
 }
