@@ -194,7 +194,10 @@ def macs(model: nn.Module, example: Tensor) -> int:
         gated: Any = model
         active = {name: gate.active_count for name, gate in gated.gates.items()}
         return int(gated.site_report.macs_with(active))
-    return find_sites(copy.deepcopy(model), example).macs
+    plain = copy.deepcopy(model)
+    if "_original_forward" in vars(plain):  # Accelerate's mixed precision, whose casts hide weights from the capture
+        plain.__dict__.pop("forward", None)
+    return find_sites(plain, example).macs
 
 
 def save_finetuned(

@@ -132,6 +132,12 @@ def test_stopped_twice_and_resumed_it_ends_the_same(
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"mode": "dynamic"}], ids=str)
+def test_mixed_precision_hides_no_macs(images: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    done = finetune(config(images, tmp_path, precision="bf16", epochs=1, **{"mode": "dense", **options}), progress=False)
+    assert done.dense_macs > 0 and (done.macs == done.dense_macs if done.mode == "dense" else done.macs > 0)
+
+
 def test_static_and_dense_by_the_same_recipe(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch_pruning", reason="needs the extra compare")
     dense = finetune(config(images, tmp_path / "dense", mode="dense", epochs=1), progress=False)

@@ -223,6 +223,18 @@ def test_activations_over_their_range(activation: str) -> None:
         torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("activation", ["", "relu", "relu6"])
+@pytest.mark.parametrize("pixels", [3, 16, 70])
+def test_bounds_keep_nan_and_infinity(activation: str, pixels: int) -> None:
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -1.0, 7.0])
+    x = special.repeat(12)[:pixels].view(1, 1, 1, pixels)
+    scales = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+    found, mean = ops.conv2d(x, scales, None, None, None, None, None, [1, 1], [0, 0], [1, 1], 1, True, activation, True)
+    want = ACTIVATIONS[activation](x * scales.view(1, 2, 1, 1)) if activation else x * scales.view(1, 2, 1, 1)
+    torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+    assert mean.isnan().all()
+
+
 @pytest.mark.parametrize("shape", [(2, 7, 5, 6), (1, 3, 50, 41), (3, 6, 10)])
 def test_affine(shape: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(0)
