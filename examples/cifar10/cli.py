@@ -11,8 +11,7 @@ import torch
 
 import gatedprune
 from gatedprune.files import write_json
-from gatedprune.finetune import Interrupted, Trials
-from gatedprune.finetune.options import CALIBRATIONS, PRECISIONS
+from gatedprune.finetune import CALIBRATIONS, PRECISIONS, Interrupted, Trials
 from gatedprune.measure import environment
 
 from .network import PIXELS

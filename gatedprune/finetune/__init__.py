@@ -15,10 +15,12 @@ from ..training import Interrupted
 from .command import RESULT, Finetuned, finetune
 from .loop import DivergedError, Trainer, is_main_process
 from .models import load_finetuned
-from .options import FinetuneConfig
+from .options import CALIBRATIONS, PRECISIONS, FinetuneConfig
 from .trials import WAYS, Trial, Trials
 
 __all__ = [
+    "CALIBRATIONS",
+    "PRECISIONS",
     "RESULT",
     "WAYS",
     "DivergedError",
