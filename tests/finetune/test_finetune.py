@@ -134,7 +134,9 @@ def test_stopped_twice_and_resumed_it_ends_the_same(
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"mode": "dynamic"}], ids=str)
 def test_mixed_precision_hides_no_macs(images: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    done = finetune(config(images, tmp_path, precision="bf16", epochs=1, **{"mode": "dense", **options}), progress=False)
+    done = finetune(
+        config(images, tmp_path, precision="bf16", epochs=1, **{"mode": "dense", **options}), progress=False
+    )
     assert done.dense_macs > 0 and (done.macs == done.dense_macs if done.mode == "dense" else done.macs > 0)
 
 
