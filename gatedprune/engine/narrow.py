@@ -142,7 +142,7 @@ class ChannelGain(nn.Module):
 
     def forward(self, index: Tensor | None, *selections: Tensor) -> Tensor:
         """``selections``: active set and gain of each site in turn."""
-        if self.native and _fits(selections[1]) and all(gain.dtype is torch.float32 for gain in selections[1::2]):
+        if self.native and all(_fits(gain) for gain in selections[1::2]):
             units = [getattr(self, f"units{i}") for i in range(len(self.channels))]
             found: Tensor = torch.ops.gatedprune.channel_gain(
                 units, selections[::2], selections[1::2], self.channels, index

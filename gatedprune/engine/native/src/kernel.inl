@@ -501,6 +501,11 @@ GP_TARGET static void abs_sum_tokens(const float* x, int64_t tokens, int64_t cha
       GP_UNROLL for (int v = 0; v < 4; v++) a[v] += vabs(load(x + t * channels + c + v * L));
     for (int v = 0; v < 4; v++) store(sums + c + v * L, a[v]);
   }
+  for (; c + L <= channels; c += L) {
+    V a = V{};
+    for (int64_t t = 0; t < tokens; t++) a += vabs(load(x + t * channels + c));
+    store(sums + c, a);
+  }
   for (; c < channels; c++) {
     sums[c] = 0;
     for (int64_t t = 0; t < tokens; t++) sums[c] += std::fabs(x[t * channels + c]);
