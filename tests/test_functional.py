@@ -203,6 +203,25 @@ def test_a_subsample_may_be_taken_in_another_type() -> None:
     assert subsample(x[:, :, 0, 0], dtype=torch.float32).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("shape", "channel_dim"), [((2, 3, 4, 5), 1), ((2, 4, 5, 3), -1), ((2, 7, 3), 2), ((2, 3), 1),
+                                                   ((0, 3, 4, 5), 1)])  # fmt: skip
+def test_the_gradient_of_a_subsample_is_that_of_mean_and_absolute_value(shape: tuple[int, ...],
+                                                                        channel_dim: int) -> None:  # fmt: skip
+    x = torch.randn(shape, dtype=torch.float64).relu().sub(0.1 * torch.rand(shape).double().round()).requires_grad_()
+    dims = [d for d in range(1, x.dim()) if d != channel_dim % x.dim()]
+    upstream = torch.randn(shape[0], 3, dtype=torch.float64)
+    (found,) = torch.autograd.grad(subsample(x, channel_dim), x, upstream)
+    (wanted,) = torch.autograd.grad(x.abs().mean(dims) if dims else x.abs(), x, upstream)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_the_gradient_of_a_subsample_in_another_type_has_the_type_of_its_input() -> None:
+    x = torch.randn(2, 3, 8, 8).bfloat16().requires_grad_()
+    (found,) = torch.autograd.grad(subsample(x, dtype=torch.float32).sum(), x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), x.detach().float().sgn() / 64)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (6, 5)])
 def test_scaling_a_batch_norm_keeps_nothing_more(shape: tuple[int, ...], affine: bool) -> None:
