@@ -46,32 +46,10 @@ def subsample(x: Tensor, channel_dim: int = 1, signed: bool = False, dtype: torc
         (B, C).
     """
     dims = [d for d in range(1, x.dim()) if d != channel_dim % x.dim()]
-    if dims and not signed and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        s: Tensor = _AbsoluteMean.apply(x, dims, dtype)
-        return s
     values = x if signed else x.abs()
     if dims:
         return values.mean(dims, dtype=dtype)
     return values if dtype is None else values.to(dtype)
-
-
-class _AbsoluteMean(torch.autograd.Function):
-    """mean(|x|); backwards two passes over a map, where autograd's own nodes make three, and their maps."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: list[int], dtype: torch.dtype | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.dims = dims
-        return x.abs().mean(dims, dtype=dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (x,), gradient = ctx.saved_tensors, gradients[0]  # read once: checkpointing frees them
-        shape = list(x.shape)
-        for d in ctx.dims:
-            shape[d] = 1
-        places = x.numel() // max(1, gradient.numel())
-        return x.sgn() * (gradient / max(1, places)).to(x.dtype).view(shape), None, None
 
 
 def saliency(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
