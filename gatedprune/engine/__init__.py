@@ -8,6 +8,7 @@ model for active sets that never change.
 
 from .compact import CompactModel, compact
 from .frozen import FrozenModel, freeze
-from .narrow import NarrowConv2d, NarrowLinear, Selector
+from .narrow import NarrowConv2d, NarrowLinear
+from .selection import Selector
 
 __all__ = ["CompactModel", "FrozenModel", "NarrowConv2d", "NarrowLinear", "Selector", "compact", "freeze"]

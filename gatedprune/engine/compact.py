@@ -17,7 +17,7 @@ from ..sites import Analysis, analyse, capture, normalise_inputs, two_samples
 from ..wrapping import GatedModel, baked
 from . import native
 from .lowering import lower
-from .narrow import Selector
+from .selection import Selector
 from .tuning import apply_tuning, tune_layers
 
 __all__ = ["CompactModel", "compact"]

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import ModelError
 from ..wrapping import GatedModel
-from . import narrow
+from . import narrow, selection
 from .compact import CompactModel
 from .lowering import lower
 
@@ -69,7 +69,7 @@ def _fold(graph_module: fx.GraphModule, fixed: Mapping[int, tuple[Tensor, Tensor
     graph, known = graph_module.graph, dict[fx.Node, Any]()
     for node in list(graph.nodes):
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, narrow.Selector):
+        if isinstance(module, selection.Selector):
             indices, gain = fixed[id(module.gate)]
             known[node] = indices.to(module.gate.weight.device)[None], gain.to(module.gate.weight)[None]
         elif node.args and all(a in known for a in node.all_input_nodes) and node.all_input_nodes:

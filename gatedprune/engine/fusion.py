@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..sites import operators
-from . import narrow
+from . import narrow, selection
 
 __all__ = ["fuse"]
 
@@ -39,7 +39,7 @@ def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple]) -> None
         if isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowLinear, narrow.NarrowAffine)):
             _activation(graph, node, layer)
     for node in list(graph.nodes):
-        if isinstance(_module(root, node), narrow.Selector):
+        if isinstance(_module(root, node), selection.Selector):
             _subsample(root, graph, node)
         elif isinstance(_module(root, node), narrow.NarrowLinear):
             _columns(root, node)
@@ -115,7 +115,7 @@ def _done_with(root: nn.Module, value: fx.Node, reader: fx.Node) -> bool:
 
 def _aliases(root: nn.Module, node: fx.Node) -> bool:
     """Whether the node's result may be its argument's memory: anything but our layers and gates."""
-    return not isinstance(_module(root, node), (narrow.NarrowConv2d, narrow.Selector, narrow.MaxPool2d))
+    return not isinstance(_module(root, node), (narrow.NarrowConv2d, selection.Selector, narrow.MaxPool2d))
 
 
 def _columns(root: nn.Module, node: fx.Node) -> None:
@@ -145,7 +145,7 @@ def _mutates(root: nn.Module, node: fx.Node) -> bool:
 def _subsample(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     """The layer that writes a gate's input computes s(x) while it has the values in registers."""
     source, selector = node.args[0], _module(root, node)
-    assert isinstance(source, fx.Node) and isinstance(selector, narrow.Selector)
+    assert isinstance(source, fx.Node) and isinstance(selector, selection.Selector)
     if source.target is operator.getitem and source.args[1] == 0:  # already does, for another gate
         source = source.args[0]
     layer = _module(root, source)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..functional import scale_channels
 from ..gates import Gate
 from ..sites import Analysis, SiteNodes, norm_options, operators
-from . import narrow, narrow_norms
+from . import narrow, narrow_norms, selection
 from .constants import Constants
 from .fusion import fuse
 from .handlers import handler_of
@@ -128,7 +128,7 @@ class Lowering:
         if layout.key not in self.indices:
             tables = [self.layouts.table(layout, s) for s in sites]
             fixed = torch.from_numpy((layout.site < 0).nonzero()[0])
-            module = narrow.ChannelIndex([t for t in tables if t is not None], fixed, layout.channels, self.native)
+            module = selection.ChannelIndex([t for t in tables if t is not None], fixed, layout.channels, self.native)
             args = tuple(self.selected[self.names[s]][0] for s in sites)
             self.indices[layout.key] = self.module(f"index#{len(self.indices)}", module, args)
         return self.indices[layout.key]
@@ -164,7 +164,7 @@ class Lowering:
         for site in sites:
             active, gain = self.selected[site]
             args += [active, self.graph.call_function(torch.ones_like, (gain,)) if ones else gain]
-        module = narrow.ChannelGain(units, [self.layouts.counts[n] for n in numbers], self.native)
+        module = selection.ChannelGain(units, [self.layouts.counts[n] for n in numbers], self.native)
         return self.module("gain", module, tuple(args))
 
     def _select(self, name: str, found: SiteNodes) -> None:
@@ -174,7 +174,7 @@ class Lowering:
             value = self._silenced(found.gate_input, value, self.wakened(found.producer).get(found.gate_input, []))
         args = (value,) if layout is None else (value, self.index(layout))
         both = self.module(
-            f"{name}#gate", narrow.Selector(self.gates[name], native=self.native, shared=self.shared), args
+            f"{name}#gate", selection.Selector(self.gates[name], native=self.native, shared=self.shared), args
         )
         self.selected[name] = tuple(self.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))  # type: ignore[assignment]
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import active_set, channel_gain, per_row, subsample
-from ..gates import Gate
+from ..functional import per_row, subsample
+from .selection import fits
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": F.relu,
@@ -28,133 +28,13 @@ ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 __all__ = [
     "ACTIVATIONS",
     "AddInto",
-    "ChannelGain",
-    "ChannelIndex",
     "MaxPool2d",
     "NarrowAffine",
     "NarrowConv2d",
     "NarrowLinear",
-    "Selector",
     "Take",
     "Widen",
 ]
-
-
-class Selector(nn.Module):
-    """The predictor and winner-takes-all of one site: (B, C_in, …) → active set (B, k) and gain (B, k).
-
-    The input may be narrow: then ``index`` (B, n) says which of the C_in channels it holds, and the others count as
-    zero, as they are in the masked model.
-    ``subsampled``: the input is s(x) already, (B, C_in) or (B, n), which the layer before has computed by the way.
-    ``shared``: one active set and gain (1, k) for the batch, from the mean saliency, that is (up to the rectifier,
-    which is applied last) from the mean of s.
-    """
-
-    def __init__(self, gate: Gate, native: bool = False, shared: bool = False) -> None:
-        super().__init__()
-        self.gate, self.native, self.shared = gate, native, shared
-        self.subsampled = False
-        self.last_active: Tensor | None = None
-
-    def forward(self, x: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        active, gain = self.choose(x, index)
-        self.last_active = active
-        return active, gain
-
-    def choose(self, x: Tensor, index: Tensor | None = None, winners: Any = active_set) -> tuple[Tensor, Tensor]:
-        """`forward` without a memory of what it chose; ``winners`` as in `Gate.select`."""
-        gate = self.gate
-        native = self.native and _fits(x) and gate.weight.dtype is torch.float32
-        dim: int | None = None
-        if self.subsampled:
-            s = x
-        elif native and not gate.signed and x.dim() > 2 and gate.channel_dim % x.dim() in (1, x.dim() - 1):
-            dim = gate.channel_dim % x.dim()
-            if self.shared or gate.varies:
-                s, dim = torch.ops.gatedprune.subsample(x, dim), None
-            else:
-                s = x  # all in one operator
-        else:
-            s = subsample(x, gate.channel_dim, gate.signed)
-        if self.shared:
-            s = s.mean(0, keepdim=True)
-        if native and not gate.varies:
-            active, gain = torch.ops.gatedprune.gate(
-                s,
-                gate.weight,
-                gate.bias,
-                gate.start,
-                gate.strength,
-                index,
-                gate.active_count,
-                gate.boost,
-                gate.max_gain,
-                dim,
-            )
-        else:
-            if index is not None:
-                s = s.new_zeros(s.shape[0], gate.in_channels).scatter(1, index, s)
-            active, gain, _ = gate.select(s, winners)
-            if gate.varies:
-                # Of one sample, or one for the batch: what fills its row up is cut off.
-                assert len(active) == 1, "samples with active sets of their own lengths go through one by one"
-                count = int((active < gate.channels).sum(1).max())
-                active, gain = active[:, :count], gain[:, :count]
-        return active, gain
-
-
-class ChannelIndex(nn.Module):
-    """From active sets of sites to the active channels of one tensor whose channels belong to them.
-
-    Args:
-        tables: One (C, m) per site: the m channels of the tensor that belong to each of the site's C units.
-        fixed: Channels that belong to no gated site: always there.
-        channels: Of the tensor.
-    """
-
-    def __init__(self, tables: list[Tensor], fixed: Tensor, channels: int, native: bool = False) -> None:
-        super().__init__()
-        self.channels, self.native = channels, native
-        for i, table in enumerate(tables):
-            self.register_buffer(f"table{i}", table)
-        self.register_buffer("fixed", fixed)
-
-    def forward(self, *active: Tensor) -> Tensor:
-        if self.native and active[0].device.type == "cpu":
-            tables = [getattr(self, f"table{i}") for i in range(len(active))]
-            index: Tensor = torch.ops.gatedprune.channel_index(tables, self.fixed, active, self.channels)
-            return index
-        parts = [getattr(self, f"table{i}")[a].flatten(1) for i, a in enumerate(active)]
-        fixed: Tensor = self.fixed  # type: ignore[assignment]
-        if fixed.numel():
-            parts.append(fixed.expand(active[0].shape[0], -1))
-        return torch.cat(parts, 1).sort(dim=1).values
-
-
-class ChannelGain(nn.Module):
-    """Gain per channel of a tensor, (B, n): full, or of the channels that ``index`` names."""
-
-    def __init__(self, units: list[Tensor], channels: list[int], native: bool = False) -> None:
-        super().__init__()
-        self.channels, self.native = channels, native
-        for i, u in enumerate(units):
-            self.register_buffer(f"units{i}", u)
-
-    def forward(self, index: Tensor | None, *selections: Tensor) -> Tensor:
-        """``selections``: active set and gain of each site in turn."""
-        if self.native and all(_fits(gain) for gain in selections[1::2]):
-            units = [getattr(self, f"units{i}") for i in range(len(self.channels))]
-            found: Tensor = torch.ops.gatedprune.channel_gain(
-                units, selections[::2], selections[1::2], self.channels, index
-            )
-            return found
-        out = None
-        for i, channels in enumerate(self.channels):
-            active, gain = selections[2 * i], selections[2 * i + 1]
-            one = channel_gain(gain, active, getattr(self, f"units{i}"), channels)
-            out = one if out is None else out * one
-        assert out is not None
-        return out if index is None else out.gather(1, index)
 
 
 def _per_sample(x: Tensor, samples: int, run: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -163,11 +43,6 @@ def _per_sample(x: Tensor, samples: int, run: Callable[[Tensor, int], Tensor]) -
         return run(x, 0)
     rows = x.shape[0] // samples
     return torch.cat([run(x[b * rows : (b + 1) * rows], b) for b in range(samples)])
-
-
-def _fits(x: Tensor) -> bool:
-    """Whether the native backend computes on such a tensor."""
-    return x.dtype is torch.float32 and x.device.type == "cpu"
 
 
 def _samples(*indices: Tensor | None) -> int:
@@ -217,7 +92,7 @@ class NarrowConv2d(nn.Module):
 
     def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
                 gain: Tensor | None = None, residual: Tensor | None = None) -> Any:  # fmt: skip
-        if self.native and _fits(x) and self.weight.dtype is torch.float32:
+        if self.native and fits(x) and self.weight.dtype is torch.float32:
             rest = (
                 self.stride, self.padding, self.dilation, self.groups, self.whole_groups, self.activation,
                 self.subsample,
@@ -264,7 +139,7 @@ class NarrowLinear(nn.Module):
 
     def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
                 gain: Tensor | None = None, residual: Tensor | None = None) -> Tensor:  # fmt: skip
-        if self.native and _fits(x) and self.weight.dtype is torch.float32:
+        if self.native and fits(x) and self.weight.dtype is torch.float32:
             y: Tensor = torch.ops.gatedprune.linear(
                 x, self.weight, self.bias, in_index, out_index, gain, residual, self.activation,
                 self.x_columns, self.y_columns,
@@ -321,7 +196,7 @@ class MaxPool2d(nn.Module):
         self.ceil_mode = ceil_mode
 
     def forward(self, x: Tensor) -> Tensor:
-        if _fits(x) and x.dim() == 4:
+        if fits(x) and x.dim() == 4:
             y: Tensor = torch.ops.gatedprune.max_pool2d(x, *self.options, self.ceil_mode)
             return y
         return F.max_pool2d(x, *self.options, 1, self.ceil_mode)
@@ -342,7 +217,7 @@ class NarrowAffine(nn.Module):
     def forward(self, x: Tensor, index: Tensor | None = None) -> Any:
         scale: Tensor = self.scale  # type: ignore[assignment]
         shift: Tensor = self.shift  # type: ignore[assignment]
-        if self.native and _fits(x) and scale.dtype is torch.float32:
+        if self.native and fits(x) and scale.dtype is torch.float32:
             y, s = torch.ops.gatedprune.affine(x, scale, shift, index, self.activation, self.subsample)
             return (y, s) if self.subsample else y
         if index is None:

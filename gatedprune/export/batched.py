@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine import narrow, narrow_norms
+from ..engine import narrow, narrow_norms, selection
 from ..functional import active_set, per_row, subsample
 
 __all__ = ["batched"]
@@ -196,9 +196,9 @@ class Affine(nn.Module):
 
 
 class Selector(nn.Module):
-    """`narrow.Selector`, without a memory of what it chose."""
+    """`selection.Selector`, without a memory of what it chose."""
 
-    def __init__(self, layer: narrow.Selector) -> None:
+    def __init__(self, layer: selection.Selector) -> None:
         super().__init__()
         self.layer = layer
 
@@ -289,7 +289,7 @@ def batched(root: nn.Module, graph: Any, batch: int | None) -> None:
     """
     simple: dict[type, Callable[[Any], nn.Module]] = {
         narrow.NarrowAffine: Affine,
-        narrow.Selector: Selector,
+        selection.Selector: Selector,
         narrow_norms.NarrowGroupNorm: GroupNorm,
         narrow.Widen: Widen,
         narrow.AddInto: AddInto,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gatedprune import compact, wrap
 from gatedprune.engine import native
-from gatedprune.engine.narrow import NarrowConv2d, NarrowLinear, Selector
+from gatedprune.engine.narrow import NarrowConv2d, NarrowLinear
+from gatedprune.engine.selection import Selector
 from gatedprune.errors import BackendError, ConfigError
 from gatedprune.testing.case import enliven, excite
 from gatedprune.wrapping import GatedModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gatedprune
-from gatedprune.engine import FrozenModel, freeze, narrow
+from gatedprune.engine import FrozenModel, freeze, narrow, selection
 from gatedprune.errors import ConfigError, ModelError
 from gatedprune.testing.case import enliven
 from gatedprune.wrapping import GatedModel
@@ -60,7 +60,7 @@ def test_equals_the_masked_model_with_the_same_channels(name: str) -> None:
 def test_nothing_dynamic_is_left(name: str) -> None:
     gated, x = gate_up(name)
     frozen = freeze(gated, choose(gated), (x,))
-    dynamic = (narrow.Selector, narrow.NarrowConv2d, narrow.NarrowLinear, narrow.ChannelIndex)
+    dynamic = (selection.Selector, narrow.NarrowConv2d, narrow.NarrowLinear, selection.ChannelIndex)
     assert not [m for m in frozen.modules() if isinstance(m, dynamic)]
     full = sum(m.weight.numel() for m in gated.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
     cut = sum(m.weight.numel() for m in frozen.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))

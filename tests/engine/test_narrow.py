@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatedprune.engine import NarrowConv2d, NarrowLinear, Selector
-from gatedprune.engine.narrow import AddInto, ChannelGain, ChannelIndex, NarrowAffine, Widen
-from gatedprune.functional import channel_gain, indexed_conv2d
-from gatedprune.gates import Gate
+from gatedprune.engine import NarrowConv2d, NarrowLinear
+from gatedprune.engine.narrow import AddInto, NarrowAffine, Widen
+from gatedprune.functional import indexed_conv2d
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -121,31 +120,3 @@ def test_add_into_touches_the_winners_alone(inplace: bool) -> None:
     torch.testing.assert_close(found, before + Widen(1, C_IN)(x, index), **EXACT)
     assert (found is full) == inplace
     assert torch.equal(full, before) != inplace
-
-
-def test_channel_index_merges_sites_and_fixed_channels() -> None:
-    # Channels 0–3: two for each unit of site a; 4 and 7: in no site; 5 and 6: the units of site b.
-    module = ChannelIndex([torch.tensor([[0, 1], [2, 3]]), torch.tensor([[6], [5]])], torch.tensor([4, 7]), 8)
-    found = module(torch.tensor([[0], [1]]), torch.tensor([[1], [0]]))
-    assert found.tolist() == [[0, 1, 4, 5, 7], [2, 3, 4, 6, 7]]
-
-
-def test_channel_gain_multiplies_sites() -> None:
-    units = [torch.tensor([0, 1, -1, 1]), torch.tensor([-1, 0, 0, -1])]
-    active, gain = torch.tensor([[1]]), torch.tensor([[3.0]])
-    other, more = torch.tensor([[0]]), torch.tensor([[5.0]])
-    module = ChannelGain(units, [2, 1])
-    assert module(None, active, gain, other, more).tolist() == [[0, 15, 5, 3]]
-    assert module(torch.tensor([[1, 3]]), active, gain, other, more).tolist() == [[15, 3]]
-    assert torch.equal(ChannelGain(units[:1], [2])(None, active, gain), channel_gain(gain, active, units[0], 2))
-
-
-def test_selector_counts_missing_channels_as_zero() -> None:
-    gate = Gate(5, C_IN, 2)
-    with torch.no_grad():
-        gate.weight.normal_()
-    x, index = torch.randn(B, 3, 4, 4), some(3, C_IN)
-    active, gain = Selector(gate)(x, index)
-    gate(Widen(1, C_IN)(x, index))
-    assert torch.equal(active, gate.last_active)
-    torch.testing.assert_close(gain, gate.last_gain)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gatedprune.engine import native
-from gatedprune.engine.narrow import ACTIVATIONS, ChannelGain, ChannelIndex
+from gatedprune.engine.narrow import ACTIVATIONS
+from gatedprune.engine.selection import ChannelGain, ChannelIndex
 from gatedprune.errors import BackendError
 from gatedprune.functional import indexed_conv2d, subsample
 from gatedprune.gates import Gate
