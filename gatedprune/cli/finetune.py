@@ -70,6 +70,9 @@ _OPTIONS = [
     _option("--batch-size", type=click.IntRange(1), default=64, help="Images a step, over all processes and parts."),
     _option("--accumulate", type=click.IntRange(1), default=1, help="Parts that a batch is computed in, one by one."),
     _option("--lr", type=float, default=0.01, help="Learning rate."),
+    _option(
+        "--gate-lr", type=float, default=1.0, help="Of predictors, in units of --lr over their inputs' mean square."
+    ),
     _option("--opt", default="sgd", help="Any optimiser that timm knows."),
     _option("--momentum", type=float, default=0.9, help="Of the optimiser."),
     _option("--weight-decay", type=float, default=1e-4, help="Of the optimiser."),

@@ -15,8 +15,9 @@ from ..files import atomic_write
 
 __all__ = ["read_state", "write_state"]
 
-FORMAT = 1
-KEYS = ("config", "classes", "samples", "kept", "model", "ema", "optimizer", "scaler", "epoch", "step", "loss", "log")
+FORMAT = 2
+KEYS = ("config", "classes", "samples", "kept", "rates", "model", "ema", "optimizer", "scaler", "epoch", "step", "loss",
+        "log")  # fmt: skip
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

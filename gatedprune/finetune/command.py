@@ -28,6 +28,7 @@ from .options import FinetuneConfig
 __all__ = ["Finetuned", "finetune"]
 
 STATE, LOG, RESULT, MODEL = "state.pt", "log.csv", "result.json", "model"
+RATE_IMAGES = 128  # enough for a mean of squares
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,15 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, progress: bool = T
         splits.transform(config, resolve_model_data_config(model, {"input_size": tuple(example.shape[1:])}))
 
     def images(model: nn.Module, example: Tensor) -> Sequence[Tensor]:
-        say(f"calibrating on {config.calibrate} images")
+        if config.calibrate:
+            say(f"calibrating on {config.calibrate} images")
         transform(model, example)
-        return _calibration_images(config, splits)
+        return _first_images(config, splits)
 
     start = build(config, splits.classes, None if state is None else state["kept"],
-                  images if state is None and config.calibrate else None, accelerator.device)  # fmt: skip
+                  images if state is None else None, accelerator.device)  # fmt: skip
+    if state is not None:
+        start.rates = state["rates"]
     _check_same(state, splits, output)
     transform(start.dense, start.example)
     if accelerator.is_main_process:
@@ -141,9 +145,10 @@ def _check_same(state: dict[str, Any] | None, splits: Splits, output: Path) -> N
         )
 
 
-def _calibration_images(config: FinetuneConfig, splits: Splits) -> Sequence[Tensor]:
-    """Batches of training images, spread over the classes, prepared as validation images are."""
-    count = min(config.calibrate, len(splits.train))
+def _first_images(config: FinetuneConfig, splits: Splits) -> Sequence[Tensor]:
+    """Batches of training images, spread over the classes, prepared as validation images are: to calibrate on, or just
+    to see what the gates see."""
+    count = min(config.calibrate or RATE_IMAGES, len(splits.train))
     augmented, splits.train.transform = splits.train.transform, splits.val.transform
     try:
         seed_everything(config.seed)

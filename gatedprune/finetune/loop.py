@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate.utils import broadcast_object_list
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import ConfigError, GatedPruneError
-from ..training import Distillation, Interrupted, RatioSchedule
+from ..training import Distillation, Interrupted, RatioSchedule, parameter_groups
 from ..wrapping import is_gated
 from .chance import STEP, EpochSampler, SeededDataset, seed_everything
 from .checkpoint import read_state, sweep, write_state
@@ -104,7 +105,8 @@ class Trainer:
         self.distillation: Distillation | None = None
         if start.teacher is not None:
             self.distillation = Distillation(start.teacher.to(device, **layout), temperature=config.temperature)
-        optimizer = _optimizer(self.model, config)
+        self.rates = broadcast_object_list([start.rates])[0]  # processes that differed in a bit would drift apart
+        optimizer = _optimizer(self.model, config, self.rates)
         self.sampler = EpochSampler(len(splits.train), config.batch_size, config.seed)
         self.scheduler = _scheduler(optimizer, config, self.steps_per_epoch)
         self.schedule: RatioSchedule | None = None
@@ -295,7 +297,8 @@ class Trainer:
         if accelerator.is_main_process:
             write_state(self.state_file, {
                 "config": self.config.to_dict(), "classes": list(self.splits.classes), "kept": self.start.kept,
-                "samples": [len(self.splits.train), len(self.splits.val)], "model": self.model.state_dict(),
+                "rates": self.rates, "samples": [len(self.splits.train), len(self.splits.val)],
+                "model": self.model.state_dict(),
                 "ema": None if self.average is None else self.average.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
@@ -326,8 +329,13 @@ def check_recipe(config: FinetuneConfig) -> None:
         ) from error
 
 
-def _optimizer(of: Any, config: FinetuneConfig) -> Any:
-    return create_optimizer_v2(of, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum)
+def _optimizer(of: Any, config: FinetuneConfig, rates: Mapping[str, float] | None = None) -> Any:
+    """timm's; a gated model's predictors have their own learning rates."""
+    groups: Any = None
+    if is_gated(of):
+        groups = lambda gated: parameter_groups(gated, rates or {}, config.lr, config.weight_decay)  # noqa: E731
+    return create_optimizer_v2(of, config.opt, lr=config.lr, weight_decay=config.weight_decay,
+                               momentum=config.momentum, param_group_fn=groups)  # fmt: skip
 
 
 def _scheduler(optimizer: Any, config: FinetuneConfig, steps: int) -> Any:

@@ -7,7 +7,7 @@ import difflib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError, GatedPruneError, ModelError
 from ..files import atomic_folder, read_tensors, write_tensors
 from ..io import find_imported, is_saved, load, save
 from ..sites import find_sites, normalise_inputs
-from ..training import calibrate
+from ..training import calibrate, predictor_rates
 from ..wrapping import is_gated, unwrap, wrap
 from .data import check_outputs
 from .options import FinetuneConfig
@@ -40,6 +40,7 @@ class Start:
         dense: The dense model that it was made from, or an equal one.
         teacher: Who teaches: nobody, the folder that the configuration names, or ``dense``.
         kept: Of a pruned model: site → the channels that stayed.
+        rates: Of a gated one: site → the share of the learning rate that its predictor has.
         trained_head: Whether the classifier came with weights for these very classes.
         example: (1, C, H, W), zeros.
         dense_macs: Of the dense model, per image.
@@ -52,6 +53,7 @@ class Start:
     trained_head: bool
     example: Tensor
     dense_macs: int
+    rates: dict[str, float] = field(default_factory=dict)
 
 
 def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Tensor] | None = None,
@@ -62,9 +64,10 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
     Args:
         classes: Of the data.
         kept: Of a training that is resumed: the channels that stayed.
-        images: Takes the dense model and its example, and gives batches (B, C, H, W) to choose channels by: gates are
-            calibrated on them, and static pruning keeps the channels that contribute most there. Default: gates start
-            as `wrap` made them, and static pruning keeps the channels with the largest weights.
+        images: Takes the dense model and its example, and gives batches (B, C, H, W): predictors' learning rates follow
+            from them, and where the configuration says so gates are calibrated on them, and static pruning keeps the
+            channels that contribute most there. Default: predictors learn at the layers' rate, gates start as `wrap`
+            made them, and static pruning keeps the channels with the largest weights.
         device: Where they are calibrated; the model that comes back lies on the CPU.
 
     Raises:
@@ -90,10 +93,15 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
         else:
             network = wrap(network, config=config.gates(), example_inputs=example)
         gated: Any = network
+        rates: dict[str, float] = {}
         if images is not None:
-            choice: dict[str, Any] = {} if config.calibration == "dynamic" else {"dynamic": False, "strength": 1.0}
-            _calibrate(gated, images(dense, example), device, **choice)
-        return Start(gated, dense, teach(dense), None, trained_head, example, gated.site_report.macs)
+            seen, where = images(dense, example), _calibration_device(device)
+            if config.calibrate:
+                choice: dict[str, Any] = {} if config.calibration == "dynamic" else {"dynamic": False, "strength": 1.0}
+                calibrate(gated.to(where), seen, **choice)
+            rates = predictor_rates(gated.to(where), seen, reach=config.gate_lr)
+            gated.cpu()
+        return Start(gated, dense, teach(dense), None, trained_head, example, gated.site_report.macs, rates)
     network = _dense(network)
     if config.mode == "dense":
         dense = copy.deepcopy(network)
@@ -103,8 +111,10 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
     if kept is None:
         marked = wrap(copy.deepcopy(network), config=config.gates(), example_inputs=example)
         report, keep = marked.site_report, None
-        if images is not None:
-            _calibrate(marked, images(network, example), device, dynamic=False)  # with the same care as gates
+        if images is not None and config.calibrate:
+            seen = images(network, example)
+            calibrate(marked.to(_calibration_device(device)), seen, dynamic=False)  # with the same care as gates
+            marked.cpu()
             keep = {name: gate.bias.topk(gate.active_count).indices for name, gate in marked.gates.items()}
         pruned = prune_static(marked, keep=keep, example_inputs=example, by="torch-pruning")
     else:
@@ -113,10 +123,8 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
     return Start(pruned.model, network, teach(network), pruned.kept, trained_head, example, report.macs)
 
 
-def _calibrate(gated: Any, batches: Sequence[Tensor], device: torch.device | str, **options: Any) -> None:
-    # Its sums are double: not every accelerator has that.
-    calibrate(gated.to(device if torch.device(device).type == "cuda" else "cpu"), batches, **options)
-    gated.cpu()
+def _calibration_device(device: torch.device | str) -> torch.device | str:
+    return device if torch.device(device).type == "cuda" else "cpu"  # its sums are double: not every device has that
 
 
 def _dense(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import GateConfig
 from ..errors import ConfigError
+from ..training.rates import REACH
 from ..training.schedule import KINDS
 
 __all__ = ["CALIBRATIONS", "MODES", "PRECISIONS", "FinetuneConfig"]
@@ -49,6 +50,8 @@ class FinetuneConfig:
             before training, and where that is short.
         epochs, batch_size: Images of one optimiser step, over all processes and accumulated parts together.
         accumulate: Parts into which a batch is split, one after the other.
+        gate_lr: Learning rate of predictors' weights, in units of ``lr`` over the mean square of what the gate sees
+            (`gatedprune.training.predictor_rates`); 0: predictors stay as they start.
         lr, opt, momentum, weight_decay, clip_grad: Of timm's optimiser of that name.
         sched, warmup_epochs: Of timm's learning rate scheduler of that name.
         schedule, rise, levels: How the ratio rises (`RatioSchedule`), over this share of the epochs.
@@ -94,6 +97,7 @@ class FinetuneConfig:
     batch_size: int = 64
     accumulate: int = 1
     lr: float = 0.01
+    gate_lr: float = REACH
     opt: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -179,8 +183,8 @@ class FinetuneConfig:
 
 
 _RANGES = (
-    ("lr", 1e-12, 1e6), ("momentum", 0.0, 1.0), ("weight_decay", 0.0, 1e6), ("clip_grad", 1e-12, 1e12),
-    ("rise", 0.0, 1.0), ("penalty", 0.0, 1e6), ("distill", 0.0, 1.0), ("temperature", 1e-3, 1e3),
-    ("smoothing", 0.0, 0.99), ("mixup", 0.0, 1e3), ("min_crop", 0.01, 1.0), ("hflip", 0.0, 1.0), ("ema", 0.0, 1.0),
-    ("save_every", 0.0, math.inf),
+    ("lr", 1e-12, 1e6), ("gate_lr", 0.0, 1e6), ("momentum", 0.0, 1.0), ("weight_decay", 0.0, 1e6),
+    ("clip_grad", 1e-12, 1e12), ("rise", 0.0, 1.0), ("penalty", 0.0, 1e6), ("distill", 0.0, 1.0),
+    ("temperature", 1e-3, 1e3), ("smoothing", 0.0, 0.99), ("mixup", 0.0, 1e3), ("min_crop", 0.01, 1.0),
+    ("hflip", 0.0, 1.0), ("ema", 0.0, 1.0), ("save_every", 0.0, math.inf),
 )  # fmt: skip

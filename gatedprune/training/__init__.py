@@ -3,8 +3,8 @@
 `contribution` measures what each channel gives to the layers that read it (`reader`), `moments` accumulates it, `ridge`
 fits the predictors, `matching` follows what suppression does to batch norms, and `calibration` puts it all in place.
 `allocation` gives each site its ratio, `thresholds` its T; `oracle` chooses with hindsight, as a yardstick. For
-training, `schedule` raises the ratio, `distillation` compares with the dense model, and `interrupt` makes Ctrl-C a
-request.
+training, `rates` gives predictors their learning rates, `schedule` raises the ratio, `distillation` compares with the
+dense model, and `interrupt` makes Ctrl-C a request.
 """
 
 from .allocation import Allocation, allocate
@@ -13,6 +13,7 @@ from .contribution import Contributions
 from .distillation import Distillation, feature_loss, logit_loss, map_loss
 from .interrupt import Interrupted, stop_on_signal
 from .oracle import OracleChoice
+from .rates import parameter_groups, predictor_rates
 from .schedule import RatioSchedule
 from .thresholds import SiteThreshold, ThresholdFit, fit_thresholds
 from .usage import most_used
@@ -37,5 +38,7 @@ __all__ = [
     "map_loss",
     "match_norms",
     "most_used",
+    "parameter_groups",
+    "predictor_rates",
     "stop_on_signal",
 ]

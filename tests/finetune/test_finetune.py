@@ -20,6 +20,7 @@ from gatedprune.finetune import DivergedError, FinetuneConfig, Interrupted, fine
 from gatedprune.finetune import command as command_module
 from gatedprune.finetune import loop as loop_module
 from gatedprune.finetune import models as models_module
+from gatedprune.finetune.checkpoint import read_state
 from gatedprune.finetune.data import load_splits
 
 SITES = ("layer1*", "layer2*")
@@ -130,6 +131,20 @@ def test_stopped_twice_and_resumed_it_ends_the_same(
     for row in (*logs[0], *logs[1]):
         del row["seconds"]
     assert logs[0] == logs[1]
+
+
+def test_predictors_learn_at_rates_of_their_own(images: Path, tmp_path: Path) -> None:
+    moved, rates = {}, {}
+    for gate_lr in (0.0, 1.0, 2.0):
+        output = tmp_path / str(gate_lr)
+        finetune(config(images, output, epochs=1, penalty=0.0, gate_lr=gate_lr), progress=False)
+        state = read_state(output / "state.pt")
+        moved[gate_lr] = float(gatedprune.load(output / "model", small()).gates["first"].weight.detach().abs().max())
+        rates[gate_lr] = state["rates"]["first"]
+        lrs = [group["initial_lr"] for group in state["optimizer"]["param_groups"]]
+        assert lrs[0] == 0.01 and lrs[-2] == pytest.approx(0.01 * rates[gate_lr])  # the other site's is last
+    assert rates[2.0] == pytest.approx(2 * rates[1.0]) and rates[1.0] > 0 == rates[0.0]
+    assert moved[2.0] > moved[1.0] > 0 == moved[0.0]
 
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"mode": "dynamic"}], ids=str)
