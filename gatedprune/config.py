@@ -53,6 +53,12 @@ def _patterns(value: Any, name: str) -> tuple[str, ...]:
     return out
 
 
+def predictor_size(channels: int, in_channels: int, rank: int | None) -> int:
+    """How many weights a predictor has, and MACs for each sample: whole, or at most of that rank."""
+    whole = channels * in_channels
+    return whole if rank is None else min(whole, rank * (channels + in_channels))
+
+
 @dataclass(frozen=True)
 class GateConfig:
     """Options of `gatedprune.wrap`.
@@ -77,6 +83,9 @@ class GateConfig:
         gate: "topk": every input has exactly k winners. "threshold": the channels whose saliency exceeds the site's T
             win, k of them on average over the data that T was fitted to (`gated.fit_thresholds`; `calibrate` does it
             too), so that easy inputs cost less. Before that exactly k win.
+        rank: Predictors are products of two matrices, (C, rank)·(rank, C_in), wherever that takes fewer numbers than
+            one of (C, C_in): each input reads them all from memory, and they grow with the square of a network's
+            width. None: whole matrices, as in the paper.
 
     Raises:
         ConfigError: An option is out of its domain.
@@ -94,6 +103,7 @@ class GateConfig:
     max_gain: float | None = 4.0
     straight_through: bool = False
     gate: str = "topk"
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.macs is not None:
@@ -113,8 +123,10 @@ class GateConfig:
         object.__setattr__(self, "ratio", checked)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(getattr(self, name), name))
-        for name in ("round_to", "min_channels"):
+        for name in ("round_to", "min_channels", "rank"):
             value = getattr(self, name)
+            if name == "rank" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise ConfigError(f"`{name}` must be an integer of at least 1. Got {value!r}.")
         if self.max_gain is not None:
@@ -140,6 +152,10 @@ class GateConfig:
         k = channels - math.floor(ratio * channels + 1e-9)
         k = max(k, self.min_channels, 1)
         return min(channels, -(-k // self.round_to) * self.round_to)
+
+    def predictor_rank(self, channels: int, in_channels: int) -> int | None:
+        """The rank of a gate's predictor from C_in to C channels; None: a whole matrix."""
+        return self.rank if predictor_size(channels, in_channels, self.rank) < channels * in_channels else None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` takes it back."""

@@ -52,16 +52,17 @@ def subsample(x: Tensor, channel_dim: int = 1, signed: bool = False, dtype: torc
     return values if dtype is None else values.to(dtype)
 
 
-def saliency(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def saliency(s: Tensor, weight: Tensor, bias: Tensor, reduce: Tensor | None = None) -> Tensor:
     """g(x) = relu(s(x)·φ + ρ), equation 6 with FBS's offset.
 
     Args:
         s: (B, C_in). weight: φ, (C, C_in). bias: ρ, (C,).
+        reduce: (r, C_in): φ is the product of ``weight``, then (C, r), and this.
 
     Returns:
         (B, C), not negative.
     """
-    return F.linear(s, weight, bias).relu()
+    return F.linear(s if reduce is None else F.linear(s, reduce), weight, bias).relu()
 
 
 class _Bounded(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import active_set, bounded_gain, not_negative, saliency, straight_through, subsample, threshold_set
@@ -49,9 +50,15 @@ class Gate(nn.Module):
         straight_through: In training, losers' saliencies get the gradient that they would have as winners. What the
             model computes stays the same.
         kind: "topk": the k largest win; "threshold": those above T.
+        rank: r; None: φ is one matrix.
+
+    φ is the parameter ``weight``, (C, C_in), or with a rank the product of ``weight``, (C, r), and ``reduce``,
+    (r, C_in): a squeeze between what the gate sees and the channels, which takes a fraction of the numbers.
+    ``weight`` starts at zero either way, and ``reduce`` with r directions at right angles, the same in every gate.
     """
 
     weight: Tensor
+    reduce: Tensor | None
     bias: Tensor
     start: Tensor
     strength: Tensor
@@ -59,12 +66,17 @@ class Gate(nn.Module):
 
     def __init__(self, channels: int, in_channels: int, active_count: int, *, importance: Tensor | None = None,
                  channel_dim: int = 1, boost: bool = True, signed: bool = False, max_gain: float | None = None,
-                 straight_through: bool = False, kind: str = "topk", device=None, dtype=None) -> None:  # fmt: skip
+                 straight_through: bool = False, kind: str = "topk", rank: int | None = None, device=None,
+                 dtype=None) -> None:  # fmt: skip
         super().__init__()
         self.channels, self.in_channels = channels, in_channels
         self._active_count, self.channel_dim, self.boost, self.signed = active_count, channel_dim, boost, signed
         self.max_gain, self.straight_through, self.kind = max_gain, straight_through, kind
-        self.weight = nn.Parameter(torch.zeros(channels, in_channels, device=device, dtype=dtype))
+        self.rank = rank
+        self.weight = nn.Parameter(torch.zeros(channels, rank or in_channels, device=device, dtype=dtype))
+        self.register_parameter("reduce", None)
+        if rank is not None:
+            self.reduce = nn.Parameter(_directions(rank, in_channels).to(device, self.weight.dtype))
         rho = torch.ones(channels, device=device, dtype=dtype)
         if importance is not None:
             rho.copy_(importance)
@@ -92,6 +104,38 @@ class Gate(nn.Module):
         if count != self._active_count:
             self.forget_threshold()
         self._active_count = count
+
+    @property
+    def predictor(self) -> Tensor:
+        """φ, (C, C_in), as one matrix; without a gradient."""
+        weight = self.weight.detach()
+        return weight if self.reduce is None else weight @ self.reduce.detach()
+
+    @torch.no_grad()
+    def reset_predictor(self) -> None:
+        """Back to the start: φ = 0."""
+        self.weight.zero_()
+        if self.reduce is not None:  # not zero as well: training could not begin
+            self.reduce.copy_(_directions(*self.reduce.shape))
+
+    @torch.no_grad()
+    def set_predictor(self, phi: Tensor, seen: Tensor | None = None) -> None:
+        """Predict by φ (C, C_in); with a rank, by the matrix of that rank that is nearest to it.
+
+        Args:
+            phi: φ. seen: (C_in, n): nearest is the one whose saliencies for these columns are, in least squares, such
+                as the root of the covariance of what the gate sees. Default: the nearest in its entries.
+        """
+        if self.reduce is None:
+            self.weight.copy_(phi)
+        elif not phi.any():
+            self.reset_predictor()
+        else:
+            phi = phi.double()
+            basis = torch.linalg.svd(phi if seen is None else phi @ seen.to(phi), full_matrices=False).U
+            basis = F.pad(basis, (0, max(0, self.weight.shape[1] - basis.shape[1])))[:, : self.weight.shape[1]]
+            self.weight.copy_(basis)
+            self.reduce.copy_(basis.T @ phi)
 
     @property
     def ratio(self) -> float:
@@ -141,8 +185,8 @@ class Gate(nn.Module):
     def _saliency(self, s: Tensor) -> Tensor:
         if torch.is_autocast_enabled(s.device.type):
             with torch.autocast(s.device.type, enabled=False):
-                return saliency(s, self.weight, self.bias)
-        return saliency(s, self.weight, self.bias)
+                return saliency(s, self.weight, self.bias, self.reduce)
+        return saliency(s, self.weight, self.bias, self.reduce)
 
     def _gains(self, g: Tensor) -> Tensor:
         """(B, C): the gain that each channel has where it wins."""
@@ -163,4 +207,12 @@ class Gate(nn.Module):
         return (
             f"channels={self.channels}, in_channels={self.in_channels}, active={self.active_count}, boost={self.boost}"
             + (", kind=threshold" if self.varies else "")
+            + (f", rank={self.rank}" if self.rank else "")
         )
+
+
+def _directions(rank: int, channels: int) -> Tensor:
+    """(r, C_in): rows at right angles, which keep the size of a vector on average; float64, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(channels, rank, generator=generator, dtype=torch.float64)).Q
+    return basis.T * (channels / rank) ** 0.5

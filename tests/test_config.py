@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gatedprune import GateConfig
-from gatedprune.config import check_ratio, matches
+from gatedprune.config import check_ratio, matches, predictor_size
 from gatedprune.errors import ConfigError, GatedPruneError
 
 
@@ -42,6 +42,21 @@ def test_errors_are_value_errors_of_ours() -> None:
 def test_counts_must_be_whole_and_positive(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"`{name}` must be an integer of at least 1. Got"):
         GateConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "8"])
+def test_a_rank_is_whole_and_positive_or_none(value: object) -> None:
+    with pytest.raises(ConfigError, match="`rank` must be an integer of at least 1. Got"):
+        GateConfig(rank=value)  # type: ignore[arg-type]
+
+
+def test_a_rank_counts_where_it_saves() -> None:
+    assert GateConfig().predictor_rank(64, 64) is None
+    config = GateConfig(rank=16)
+    assert GateConfig.from_json(config.to_json()) == config
+    assert config.predictor_rank(64, 64) == 16 and predictor_size(64, 64, 16) == 2048
+    assert config.predictor_rank(32, 32) is None and predictor_size(32, 32, 16) == 1024  # as many: one matrix it is
+    assert config.predictor_rank(1000, 3) is None and predictor_size(1000, 3, None) == 3000
 
 
 @pytest.mark.parametrize("name", ["stream", "boost", "signed", "straight_through"])

@@ -114,3 +114,15 @@ def varying(name: str) -> Case:
 )
 def test_contract_with_thresholds(case: Case, check: Check) -> None:
     check(case)
+
+
+def squeezed(name: str) -> Case:
+    """The same with predictors of low rank; as many as there are samples, so that `Case` can have them contested."""
+    other = case(name, False)
+    return Case(other.make, size=other._size, name=f"{name}-rank", oracle=other.oracle, rank=3)
+
+
+@parametrize_checks([squeezed("test_efficientnet"), squeezed("test_vit")])
+def test_contract_with_predictors_of_low_rank(case: Case, check: Check) -> None:
+    assert any(gate.rank == 3 for gate in case.gated().gates.values())
+    check(case)

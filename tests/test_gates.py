@@ -222,3 +222,38 @@ def test_saliencies_keep_their_precision_under_autocast() -> None:
     assert gate.last_saliency is not None and gate.last_saliency.dtype == torch.float32
     assert torch.equal(found, wanted)
     assert not torch.equal(found, torch.arange(32).expand(4, 32))
+
+
+def test_a_predictor_of_low_rank_is_the_product_of_its_matrices() -> None:
+    gate, whole = (Gate(6, 5, 2, rank=r, dtype=torch.float64) for r in (2, None))
+    assert gate.reduce is not None and whole.reduce is None
+    assert gate.weight.shape == (6, 2) and gate.reduce.shape == (2, 5) and "rank=2" in repr(gate)
+    assert not gate.weight.any() and not gate.predictor.any()  # the same ranking for every input, and gain 1, at first
+    torch.testing.assert_close(gate.reduce @ gate.reduce.T, 2.5 * torch.eye(2, dtype=torch.float64))
+    with torch.no_grad():
+        gate.weight.normal_()
+    whole.set_predictor(gate.predictor)
+    x = torch.randn(3, 5, 4, 4, dtype=torch.float64)
+    assert torch.equal(gate(x), whole(x))
+    torch.testing.assert_close(gate.last_saliency, whole.last_saliency)
+    torch.testing.assert_close(gate.last_gain, whole.last_gain)
+    gate.last_gain.sum().backward()
+    assert gate.weight.grad is not None and gate.weight.grad.any() and gate.reduce.grad.any()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_it_takes_the_nearest_matrix_of_its_rank(rank: int) -> None:
+    torch.manual_seed(0)
+    gate = Gate(7, 6, 2, rank=rank, dtype=torch.float64)
+    phi, seen = torch.randn(7, 6, dtype=torch.float64), torch.randn(6, 40, dtype=torch.float64)
+    for columns in (None, seen):
+        gate.set_predictor(phi, columns)
+        target = phi if columns is None else phi @ columns
+        found = gate.predictor if columns is None else gate.predictor @ columns
+        left = torch.linalg.svdvals(target)[rank:].square().sum()  # Eckart and Young
+        torch.testing.assert_close((found - target).square().sum(), left)
+    start = Gate(7, 6, 2, rank=rank, dtype=torch.float64).state_dict()
+    gate.set_predictor(torch.zeros_like(phi))
+    assert torch.equal(gate.weight, start["weight"]) and torch.equal(gate.reduce, start["reduce"])
+    gate.set_predictor(phi[:, :1] @ phi[:1])  # of less than its rank
+    torch.testing.assert_close(gate.predictor, phi[:, :1] @ phi[:1])

@@ -61,7 +61,10 @@ def measure(
     means = reading_means(gated, calibration.views[0], calibration.batch)
     gated.set_ratio(ratio)
     counts = {name: gate.active_count for name, gate in gated.gates.items()}
-    found: dict[str, Any] = {"macs": gated.site_report.macs_with(counts) / gated.site_report.macs, "static": {}}
+    found: dict[str, Any] = {
+        "macs": gated.site_report.macs_with(counts, gated.gate_config.rank) / gated.site_report.macs,
+        "static": {},
+    }
     for ranking in rankings:
         if ranking == "activation":
             calibrate(gated, plain, rounds=1, dynamic=False, norms=False)

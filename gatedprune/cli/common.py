@@ -215,15 +215,19 @@ def gate_options(command: Callable[..., Any]) -> Any:
     @click.option("--include", multiple=True, metavar="PATTERN", help="Gate only sites that fit; several times.")
     @click.option("--exclude", multiple=True, metavar="PATTERN", help="Never gate sites that fit; several times.")
     @click.option("--signed", is_flag=True, help="Gates look at means, not at means of absolute values.")
+    @click.option(
+        "--rank", type=click.IntRange(1), help="Of predictors; fewer weights to read.  [default: whole matrices]"
+    )
     @functools.wraps(command)
     def with_gates(ratio: float | None, macs: float | None, include: tuple[str, ...], exclude: tuple[str, ...],
-                   signed: bool, **rest: Any) -> Any:  # fmt: skip
+                   signed: bool, rank: int | None, **rest: Any) -> Any:  # fmt: skip
         def gated(network: nn.Module, images: torch.Tensor | None) -> nn.Module:
             if not is_gated(network):
-                config = GateConfig(ratio=ratio, macs=macs, include=include, exclude=exclude, signed=signed)
+                config = GateConfig(ratio=ratio, macs=macs, include=include, exclude=exclude, signed=signed, rank=rank)
                 new: nn.Module = wrap(network, config=config, example_inputs=images).eval()
                 return new
-            refuse(NO_GATES, macs=macs is not None, include=include, exclude=exclude, signed=signed)
+            refuse(NO_GATES, macs=macs is not None, include=include, exclude=exclude, signed=signed,
+                   rank=rank is not None)  # fmt: skip
             if ratio is not None:
                 network.set_ratio(ratio)  # type: ignore[operator]
             return network

@@ -39,6 +39,7 @@ _OPTIONS = [
     _option("--include", multiple=True, metavar="PATTERN", help="Gate only these sites; may be given several times."),
     _option("--exclude", multiple=True, metavar="PATTERN", help="Never gate these sites; may be given several times."),
     _option("--signed", is_flag=True, help="Gates see means, not means of absolute values."),
+    _option("--rank", type=click.IntRange(1), help="Of predictors.  [default: whole matrices]"),
     _option("--straight-through", is_flag=True, help="Losers' saliencies get a gradient too."),
     _option(
         "--calibration-images",

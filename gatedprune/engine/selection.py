@@ -71,6 +71,7 @@ class Selector(nn.Module):
                 gate.boost,
                 gate.max_gain,
                 dim,
+                gate.reduce,
             )
         else:
             if index is not None:

@@ -201,7 +201,7 @@ def macs(model: nn.Module, example: Tensor) -> int:
     if is_gated(model):
         gated: Any = model
         active = {name: gate.active_count for name, gate in gated.gates.items()}
-        return int(gated.site_report.macs_with(active))
+        return int(gated.site_report.macs_with(active, gated.gate_config.rank))
     plain = copy.deepcopy(model)
     if "_original_forward" in vars(plain):  # Accelerate's mixed precision, whose casts hide weights from the capture
         plain.__dict__.pop("forward", None)

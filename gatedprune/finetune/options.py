@@ -39,7 +39,7 @@ class FinetuneConfig:
         num_classes: Where the data set does not tell.
         mode: "dynamic": gates. "static": the same sites pruned once, to the same numbers of channels.
             "dense": as it is.
-        ratio, macs, include, exclude, signed, straight_through: As in `gatedprune.wrap`; static uses them alike.
+        ratio, macs, include, exclude, signed, rank, straight_through: As in `gatedprune.wrap`; static uses them alike.
         pretrained: Start from timm's weights. weights: start from those of this file.
         size: (H, W) in pixels; default: as timm configures the model.
         calibrate: Fit the predictors on so many training images first (`gatedprune.calibrate`); static pruning keeps
@@ -87,6 +87,7 @@ class FinetuneConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     signed: bool = False
+    rank: int | None = None
     straight_through: bool = False
     pretrained: bool = False
     weights: str | None = None
@@ -164,7 +165,7 @@ class FinetuneConfig:
     def gates(self) -> GateConfig:
         """The gates' configuration."""
         return GateConfig(ratio=self.ratio, macs=self.macs, include=self.include, exclude=self.exclude,
-                          signed=self.signed, straight_through=self.straight_through)  # fmt: skip
+                          signed=self.signed, rank=self.rank, straight_through=self.straight_through)  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` takes it back."""

@@ -137,7 +137,8 @@ def _count(model: nn.Module) -> int:
 
 
 def _macs_left(gated: GatedModel) -> int:
-    return gated.site_report.macs_with({name: gate.active_count for name, gate in gated.gates.items()})
+    active = {name: gate.active_count for name, gate in gated.gates.items()}
+    return gated.site_report.macs_with(active, gated.gate_config.rank)
 
 
 def _passing(gated: GatedModel, plan: dict[str, Tensor], left: dict[str, str]) -> dict[str, Tensor]:
@@ -300,11 +301,15 @@ def _copy_gate(old: Gate, new: Gate, rows: Tensor, columns: Tensor, name: str) -
     new.active_count = old.active_count  # before T, which it would forget
     mine = new.state_dict(keep_vars=True)
     for key, value in old.state_dict().items():
-        if value.dim():
-            value = value.index_select(0, rows)
-        if value.dim() == 2:
-            value = value.index_select(1, columns)
-        mine[key].copy_(value)
+        if key in ("weight", "reduce"):
+            continue
+        mine[key].copy_(value.index_select(0, rows) if value.dim() else value)
+    weight = old.weight.index_select(0, rows)
+    if new.rank == old.rank and old.reduce is not None:
+        mine["weight"].copy_(weight)
+        mine["reduce"].copy_(old.reduce.index_select(1, columns))
+    else:  # so few channels are left that one matrix takes less
+        new.set_predictor(old.predictor.index_select(0, rows).index_select(1, columns))
     new.active_count = min(old.active_count, len(rows))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
+from ..config import predictor_size
 from ..engine import CompactModel, NarrowConv2d, NarrowLinear, Selector
 from ..gates import Gate
 from .inputs import as_arguments, first_tensor
@@ -250,7 +251,7 @@ def _linear(module: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> int:
 
 
 def _gate(module: Gate, inputs: tuple[Tensor], output: Any) -> int:
-    return inputs[0].shape[0] * module.in_channels * module.channels
+    return inputs[0].shape[0] * predictor_size(module.channels, module.in_channels, module.rank)
 
 
 def _selector(module: Selector, inputs: tuple[Tensor], output: Any) -> int:

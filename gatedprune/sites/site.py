@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from ..config import GateConfig
+from ..config import GateConfig, predictor_size
 
 __all__ = ["Attach", "Edge", "Layer", "NormAt", "Site", "SiteReport"]
 
@@ -147,21 +147,24 @@ class SiteReport:
     macs_in_sites: int = 0
     layers: tuple[Layer, ...] = ()
 
-    def macs_left(self, ratio: float | Mapping[str, float] = 0.5) -> int:
+    def macs_left(self, ratio: float | Mapping[str, float] = 0.5, rank: int | None = None) -> int:
         """MACs per sample of the model gated at ``ratio``, predictors included: arithmetic, nothing is run.
 
         Args:
-            ratio: As in `gatedprune.wrap`: a number for all sites, or a mapping from name patterns to numbers.
+            ratio, rank: As in `gatedprune.wrap`: ``ratio`` is a number for all sites, or a mapping from name patterns
+                to numbers.
         """
-        config = GateConfig(ratio=ratio)
+        config = GateConfig(ratio=ratio, rank=rank)
         asked = {s.name: (s.channels, config.ratio_for(s.name)) for s in self.sites}
-        return self.macs_with({n: config.active_count(c, r) for n, (c, r) in asked.items() if r is not None})
+        return self.macs_with({n: config.active_count(c, r) for n, (c, r) in asked.items() if r is not None}, rank)
 
-    def macs_with(self, active: Mapping[str, int]) -> int:
-        """MACs per sample where each site named keeps that many channels, chosen by a gate; the others are whole."""
+    def macs_with(self, active: Mapping[str, int], rank: int | None = None) -> int:
+        """MACs per sample where each site named keeps that many channels, chosen by a gate whose predictor has at most
+        that rank; the others are whole."""
         gated = [s for s in self.sites if s.name in active]
         kept = {s.name: active[s.name] / s.channels for s in gated}
-        return sum(layer.macs_with(kept) for layer in self.layers) + sum(s.in_channels * s.channels for s in gated)
+        predictors = sum(predictor_size(s.channels, s.in_channels, rank) for s in gated)
+        return sum(layer.macs_with(kept) for layer in self.layers) + predictors
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

@@ -272,8 +272,8 @@ def _excite_one(gate: Gate, x: Tensor, generator: torch.Generator) -> None:
                 side[count:] = -1
                 level[contested] = middle - 0.8 * MARGIN * side * offset + 0.2 * jitter[contested]
                 phi[contested] = 0.8 * MARGIN * side[:, None] * direction + 0.02 * swing[contested]
-        gate.weight.copy_(phi)
-        gate.bias.copy_(level - phi @ s.mean(0))
+        gate.set_predictor(phi, apart.T)  # exact for these samples from as many ranks as there are samples
+        gate.bias.copy_(level - gate.predictor.double().cpu() @ s.mean(0))
 
 
 def _uneven(apart: Tensor, direction: Tensor | None, offset: float, k: int, channels: int) -> slice:

@@ -115,10 +115,12 @@ def allocate(gated: Any, batches: Iterable[Any], *, macs: float, levels: Sequenc
         points = {site.channels: 0.0}
         points.update((config.active_count(site.channels, ratio), value) for ratio, value in found[site.name])
         curves[site.name] = _interpolated(points, config.round_to)
-    counts = share_out(curves, report.macs_with, math.floor(macs * report.macs))
+    counts = share_out(curves, lambda k: report.macs_with(k, config.rank), math.floor(macs * report.macs))
     ratios = {site.name: 1 - counts[site.name] / site.channels for site in gated.gated_sites}
     gated.set_ratio(ratios)
-    return Allocation(ratios, report.macs_with(counts) / report.macs, {n: tuple(v) for n, v in found.items()})
+    return Allocation(
+        ratios, report.macs_with(counts, config.rank) / report.macs, {n: tuple(v) for n, v in found.items()}
+    )
 
 
 def _sensitivity(gated: Any, batches: Iterable[Any], inputs: Inputs | None, levels: list[float],

@@ -226,7 +226,7 @@ def held_out_r2(gated: Any, calibration: Calibration, batches: Iterable[Any],
     for name, m in moments.items():
         gate, info = gated.gates[name], calibration.sites[name]
         scaled = m.scaled(info.scale)
-        weight, bias = gate.weight.detach().to(m.x), gate.bias.detach().to(m.x) - info.offset
+        weight, bias = gate.predictor.to(m.x), gate.bias.detach().to(m.x) - info.offset
         constant = gate.start.to(m.x) - info.offset
         errors = [float(squared_errors(scaled, w, b).sum()) for w, b in
                   ((weight, bias), (torch.zeros_like(weight), constant))]  # fmt: skip
@@ -330,10 +330,18 @@ def _plan(gate: Gate, moments: Moments, dynamic: bool) -> tuple[Ridge, SiteFit]:
     return ridge, SiteFit(gate.channels, gate.in_channels, ridge.shrinkage, ridge.r2, scale, offset)
 
 
+def _root(covariance: Tensor) -> Tensor:
+    """A with A·Aᵀ = the covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(0).sqrt()
+
+
 def _install(gate: Gate, ridge: Ridge, info: SiteFit, moments: Moments) -> None:
     total = moments.total()
-    gate.weight.copy_(info.scale * ridge.weight)
-    gate.bias.copy_(info.scale * ridge.bias + info.offset)
+    mx = total.x[0] / total.count
+    gate.set_predictor(info.scale * ridge.weight, _root(total.xx[0] / total.count - mx[:, None] * mx))
+    lost = (info.scale * ridge.weight - gate.predictor.to(mx)) @ mx  # what a predictor of low rank leaves out
+    gate.bias.copy_(info.scale * ridge.bias + lost + info.offset)
     gate.start.copy_(info.scale * total.y[0] / total.count + info.offset)
     gate.strength.zero_()
     gate.forget_threshold()

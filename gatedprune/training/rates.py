@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
@@ -30,6 +31,7 @@ def predictor_rates(gated: Any, batches: Iterable[Any], *, reach: float = REACH,
     of a batch norm's scale, next to which the gain is multiplied, by the learning rate times 1. What gates see are
     means of absolute values, all of one sign, and ‖s‖² is a few for images of unit variance, but some thousands in
     networks with linear bottlenecks: with the layers' learning rate, gains there are thrown about from the first step.
+    Where φ is a product of two matrices, the larger of what the two see counts for both.
 
     Args:
         gated: A gated model; looked at in eval mode, left as it is.
@@ -50,16 +52,19 @@ def predictor_rates(gated: Any, batches: Iterable[Any], *, reach: float = REACH,
         raise ConfigError(f"`reach` of predictor_rates() must be a number of at least 0. Got {reach!r}.")
     check_gated(gated, "predictor_rates()")
     gates: dict[str, Gate] = gated.gates
-    sums, samples = dict.fromkeys(gates, 0.0), 0
+    seen: dict[str, list[float]] = {name: [0.0, 0.0] for name in gates}
+    samples = 0
 
-    def watch(name: str) -> Callable[..., None]:
+    def watch(sums: list[float]) -> Callable[..., None]:
         def see(gate: Gate, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
-            sums[name] += float(subsample(x, gate.channel_dim, gate.signed).square().sum())
+            x = args[0].to(torch.promote_types(args[0].dtype, gate.weight.dtype))
+            s = subsample(x, gate.channel_dim, gate.signed)
+            for i, value in enumerate((s, s if gate.reduce is None else F.linear(s, gate.reduce.to(s)))):
+                sums[i] += float(value.square().sum())
 
         return see
 
-    handles = [gate.register_forward_hook(watch(name)) for name, gate in gates.items()]
+    handles = [gate.register_forward_hook(watch(seen[name])) for name, gate in gates.items()]
     try:
         with torch.no_grad(), evaluating(gated):
             for args in model_arguments(gated, batches, inputs, "predictor_rates()"):
@@ -72,10 +77,11 @@ def predictor_rates(gated: Any, batches: Iterable[Any], *, reach: float = REACH,
             gate.clear()
     if not samples:
         raise DataError("The `batches` of predictor_rates() are empty: give it a hundred samples or so.")
-    bad = [name for name, total in sums.items() if not math.isfinite(total)]
+    largest = {name: max(sums) if all(map(math.isfinite, sums)) else math.nan for name, sums in seen.items()}
+    bad = [name for name, total in largest.items() if not math.isfinite(total)]
     if bad:
         raise DataError(f"What the gate of the site {bad[0]} sees is not finite: look for NaN in images and weights.")
-    return {name: float(reach) * samples / total if total > 0 else 1.0 for name, total in sums.items()}
+    return {name: float(reach) * samples / total if total > 0 else 1.0 for name, total in largest.items()}
 
 
 def parameter_groups(
@@ -104,7 +110,7 @@ def parameter_groups(
     strange = [name for name in rates if name not in gates]
     if strange:
         raise ConfigError(f"`rates` of parameter_groups() names {strange[0]!r}, which is no gated site.")
-    owner = {id(gate.weight): name for name, gate in gates.items()}
+    owner = {id(p): name for name, gate in gates.items() for p in (gate.weight, gate.reduce) if p is not None}
     kept: set[str] = getattr(gated, "no_weight_decay", set)()
     groups: list[dict[str, Any]] = param_groups_weight_decay(gated, weight_decay, no_weight_decay_list=kept)
     predictors: dict[str, dict[str, Any]] = {}
@@ -112,6 +118,7 @@ def parameter_groups(
         group["lr"] = lr
         for weight in (p for p in group["params"] if id(p) in owner):
             name = owner[id(weight)]
-            predictors[name] = {**group, "params": [weight], "lr": lr * rates.get(name, 1.0)}
+            own = predictors.setdefault(name, {**group, "params": [], "lr": lr * rates.get(name, 1.0)})
+            own["params"].append(weight)
         group["params"] = [p for p in group["params"] if id(p) not in owner]
     return [group for group in groups if group["params"]] + [predictors[name] for name in gates if name in predictors]

@@ -30,7 +30,7 @@ def fit_ratio(report: SiteReport, config: GateConfig, sites: Sequence[Site]) -> 
     budget = math.floor(config.macs * report.macs)
 
     def left(step: int) -> int:
-        return report.macs_with({s.name: config.active_count(s.channels, step / STEPS) for s in sites})
+        return report.macs_with({s.name: config.active_count(s.channels, step / STEPS) for s in sites}, config.rank)
 
     low, high = 0, STEPS - 1
     least = left(high)

@@ -111,7 +111,7 @@ class GatedModel(nn.Module):
         for site in self.gated_sites:
             gate = self.gates[site.name]
             with torch.no_grad():
-                gate.weight.zero_()
+                gate.reset_predictor()
                 gate.bias.copy_(magnitude_importance(self, site))
                 gate.start.copy_(gate.bias)
                 gate.strength.fill_(1)
@@ -201,7 +201,7 @@ def wrap(model: nn.Module, ratio: float | Mapping[str, float] | None = None, *, 
         config: All options at once, instead of ``ratio`` and ``options``.
         **options: The other fields of `GateConfig`: ``macs`` (instead of ``ratio``: the share of the dense MACs that
             may be left), ``include``, ``exclude``, ``round_to``, ``min_channels``, ``stream``, ``boost``, ``signed``,
-            ``max_gain``, ``straight_through``, ``gate``.
+            ``max_gain``, ``straight_through``, ``gate``, ``rank``.
 
     Returns:
         The same object, gated.
@@ -285,7 +285,8 @@ def _make_gate(model: nn.Module, site: Site, ratio: float, config: GateConfig) -
     return Gate(site.channels, site.in_channels, config.active_count(site.channels, ratio), boost=config.boost,
                 importance=magnitude_importance(model, site), channel_dim=site.gate_at.channel_dim,
                 signed=config.signed, max_gain=config.max_gain, straight_through=config.straight_through,
-                kind=config.gate, device=weight.device, dtype=weight.dtype)  # fmt: skip
+                kind=config.gate, rank=config.predictor_rank(site.channels, site.in_channels), device=weight.device,
+                dtype=weight.dtype)  # fmt: skip
 
 
 def _mutate(

@@ -57,6 +57,16 @@ def test_nothing_changes_where_no_removed_channel_wins(name: str) -> None:
     assert off(fast, gated, args) < EXACT
 
 
+@pytest.mark.parametrize("rank", [3, 40])
+def test_predictors_of_low_rank_are_cut_as_well(rank: int) -> None:
+    one = Case(lambda: timm.create_model("test_resnet", num_classes=5), size=64, ratio=0.5, rank=rank)
+    gated, args = one.gated(torch.float64), one.inputs(torch.float64)
+    result = prune_dead(gated, list(args))
+    ranks = [(gate.rank, result.model.gates[name].rank) for name, gate in gated.gates.items()]
+    assert (rank, None if rank == 40 else rank) in ranks, "of 40, one matrix takes less where channels are gone"
+    assert result.removed > 0 and off(result.model, gated, args) < EXACT
+
+
 def test_only_dead_channels_go_and_everything_shrinks(resnet: Case, pruned: DeadPruning) -> None:
     gated = resnet.gated()
     outputs(gated, resnet.inputs())

@@ -25,6 +25,21 @@ def test_macs_left_are_those_that_the_compact_model_executes(name: str, stream: 
     assert report.macs_left(0.3) == gatedprune.count_macs(fast, images).total
 
 
+@pytest.mark.parametrize("options", [{"ratio": 0.3}, {"macs": 0.7}], ids=str)
+def test_predictors_of_low_rank_cost_less(options: dict[str, float]) -> None:
+    model, images = timm.create_model("test_resnet", num_classes=10).eval(), torch.randn(2, 3, 64, 64)
+    report = gatedprune.find_sites(model, images)
+    gated = gatedprune.wrap(model, example_inputs=images, rank=4, **options)  # type: ignore[arg-type]
+    ratio = gated.gate_config.ratio
+    assert ratio is not None
+    left = report.macs_left(ratio, rank=4)
+    assert left < report.macs_left(ratio)
+    compact = gatedprune.count_macs(gatedprune.compact(gated, images), images)
+    assert left == compact.total
+    assert compact.predictors == gatedprune.count_macs(gated, images).predictors
+    assert "macs" not in options or 0.65 * report.macs < left <= 0.7 * report.macs
+
+
 def test_a_layer_between_two_sites_costs_the_product() -> None:
     layer = Layer("fc", "linear", 1000, writes={"a": 0.5}, reads={"b": 1.0})
     assert layer.macs_with({}) == 1000

@@ -57,6 +57,23 @@ def test_the_first_gate_is_the_ridge_regression_of_contributions(signed: bool) -
     assert found.samples == 24
 
 
+def test_a_predictor_of_low_rank_is_the_nearest_on_what_the_gate_sees() -> None:
+    whole, cut, x = gated(), gated(rank=2), images()
+    found = [model.calibrate(x.split(5), rounds=1) for model in (whole, cut)]
+    assert [f.sites for f in found[:1]] == [f.sites for f in found[1:]]
+    record, ranks = dense_record(whole, x), set()
+    for name, gate in cut.gates.items():
+        full, s = whole.gates[name], record.seen[name]
+        saliencies = [(g.predictor.double() @ (s - s.mean(0)).T) for g in (full, gate)]
+        left = torch.linalg.svdvals(saliencies[0])[2 if gate.rank else len(s) :].square().sum()
+        lost = (saliencies[0] - saliencies[1]).square().sum()
+        torch.testing.assert_close(lost, left, rtol=1e-3, atol=1e-6 * float(saliencies[0].square().sum() + 1e-9))
+        mean = gate.predictor.double() @ s.mean(0) + gate.bias.double()
+        torch.testing.assert_close(mean, gate.start.double(), rtol=1e-4, atol=1e-4)
+        ranks.add(gate.rank)
+    assert 2 in ranks
+
+
 def test_contributions_are_what_the_reader_loses() -> None:
     """Removing one channel before a 1×1 convolution changes its output by exactly the contribution, in mean square."""
     model, x = gated(ratio=0.0), images(6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -28,9 +29,10 @@ class Small(nn.Module):
         return self.b(self.norm(self.a(x)).relu()).mean((2, 3))
 
 
-def small() -> GatedModel:
+def small(**options: Any) -> GatedModel:
     torch.manual_seed(0)
-    return gatedprune.wrap(Small().double(), 0.5, example_inputs=torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+    images = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
+    return gatedprune.wrap(Small().double(), 0.5, example_inputs=images, **options)
 
 
 def test_the_rate_is_one_over_the_mean_square_of_what_the_gate_sees() -> None:
@@ -66,21 +68,36 @@ def test_a_step_moves_gains_as_far_whatever_the_unit_of_the_images(unit: float) 
     torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-6)  # the batch norm's ε
 
 
-@pytest.mark.parametrize("model", ["test_resnet", "test_vit", "test_efficientnet"])
-def test_groups_hold_every_parameter_once_and_decay_what_timm_decays(model: str) -> None:
+def test_both_matrices_of_a_product_share_the_rate_of_the_larger_input() -> None:
+    gated, x = small(rank=1), torch.randn(7, 3, 4, 4, dtype=torch.float64)
+    ((name, gate),) = gated.gates.items()
+    for size in (10.0, 0.1):
+        with torch.no_grad():
+            gate.reduce.fill_(size)
+        s = subsample(x)
+        sees = max(float(v.square().sum(1).mean()) for v in (s, s @ gate.reduce.detach().T))
+        rates = predictor_rates(gated, [x], reach=1)
+        assert rates == {name: pytest.approx(1 / sees)}
+        own = parameter_groups(gated, rates, lr=1.0)[-1]
+        assert [id(p) for p in own["params"]] == [id(gate.weight), id(gate.reduce)]
+        assert own["lr"] == rates[name]
+
+
+@pytest.mark.parametrize("model, rank", [("test_resnet", None), ("test_vit", 4), ("test_efficientnet", None)])
+def test_groups_hold_every_parameter_once_and_decay_what_timm_decays(model: str, rank: int | None) -> None:
     size = {"img_size": 64} if "vit" in model else {}
     images = torch.randn(2, 3, 64, 64)
-    gated = gatedprune.wrap(timm.create_model(model, **size), 0.5, example_inputs=images)
+    gated = gatedprune.wrap(timm.create_model(model, **size), 0.5, example_inputs=images, rank=rank)
     rates = predictor_rates(gated, [images])
     groups = parameter_groups(gated, rates, lr=0.5, weight_decay=0.25)
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in gated.parameters() if p.requires_grad)
-    own = {id(gate.weight): name for name, gate in gated.gates.items()}
+    own = {id(p): name for name, gate in gated.gates.items() for p in (gate.weight, gate.reduce)}
     seen = []
     for group in groups:
         names = [own.get(id(p)) for p in group["params"]]
         if any(names):
-            (name,) = names
+            (name,) = set(names)
             assert name is not None
             seen.append(name)
             assert group["lr"] == pytest.approx(0.5 * rates[name])

@@ -208,7 +208,7 @@ def _register_fakes() -> None:
         return x.new_empty(x.shape[0], x.shape[channel_dim])
 
     @torch.library.register_fake("gatedprune::gate")
-    def gate(s, weight, bias, start, strength, index, k, boost, max_gain=None, channel_dim=None):
+    def gate(s, weight, bias, start, strength, index, k, boost, max_gain=None, channel_dim=None, reduce=None):
         return s.new_empty((s.shape[0], k), dtype=torch.long), s.new_empty(s.shape[0], k)
 
 
@@ -238,5 +238,6 @@ def _register_flops() -> None:
         return 2 * math.prod(out_shape) * (weight[1] if in_index is None else in_index[1])
 
     @register_flop_formula(ops.gate)
-    def gate(s, weight, *rest, out_shape=None, **kwargs):
-        return 2 * s[0] * weight[0] * weight[1]
+    def gate(s, weight, bias, start, strength, index, k, boost, max_gain=None, channel_dim=None, reduce=None,
+             out_shape=None, **kwargs):  # fmt: skip
+        return 2 * s[0] * (math.prod(weight) + (0 if reduce is None else math.prod(reduce)))

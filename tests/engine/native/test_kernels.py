@@ -279,6 +279,24 @@ def test_gate(k: int, boost: bool, strength: float, bound: float | None) -> None
     assert torch.equal(narrow[0], gate.select(wide)[0])
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_gate_of_low_rank(samples: int, narrow: bool) -> None:
+    g = torch.Generator().manual_seed(samples)
+    gate = Gate(16, 8, 5, rank=3)
+    assert gate.reduce is not None
+    with torch.no_grad():
+        gate.weight.copy_(torch.randn(16, 3, generator=g))
+    s = torch.rand(samples, 8, generator=g)
+    index = subsets(samples, 8, 6, g) if narrow else None
+    seen = s if index is None else s.gather(1, index)
+    wide = s if index is None else torch.zeros_like(s).scatter(1, index, seen)
+    found = ops.gate(seen, gate.weight, gate.bias, gate.start, gate.strength, index, 5, True, None, None, gate.reduce)
+    active, gain, _ = gate.select(wide)
+    assert torch.equal(found[0], active)
+    torch.testing.assert_close(found[1], gain, **CLOSE)
+
+
 @pytest.mark.parametrize(("shape", "dim"), [((1, 8, 5, 4), 1), ((3, 8, 5, 4), 1), ((1, 70, 8), 2), ((2, 600, 8), 2)])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_gate_that_subsamples(shape: tuple[int, ...], dim: int, narrow: bool) -> None:

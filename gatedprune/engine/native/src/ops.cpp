@@ -566,9 +566,11 @@ Tensor channel_gain(at::TensorList units, at::TensorList active, at::TensorList 
 // what the gate looks at, (B, …), in the place of s.
 std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Tensor& bias, const Tensor& start,
                                 const Tensor& strength, const optional<Tensor>& index, int64_t k, bool boost,
-                                optional<double> max_gain, optional<int64_t> channel_dim) {
+                                optional<double> max_gain, optional<int64_t> channel_dim,
+                                const optional<Tensor>& reduce) {
   Tensor s = channel_dim ? subsample(s_, *channel_dim) : s_;
-  if (index) s = at::zeros({s.size(0), weight.size(1)}, s.options()).scatter_(1, *index, s);
+  if (index) s = at::zeros({s.size(0), (reduce ? *reduce : weight).size(1)}, s.options()).scatter_(1, *index, s);
+  if (reduce) s = s.size(0) == 1 ? at::mv(*reduce, s[0]).unsqueeze(0) : at::linear(s, *reduce);
   // A matrix-vector product costs a third less than the product with a matrix of one row.
   const Tensor g = s.size(0) == 1 ? at::addmv(bias, weight, s[0]).unsqueeze(0) : at::linear(s, weight, bias).contiguous();
   const Tensor from = start.contiguous();
@@ -629,7 +631,7 @@ TORCH_LIBRARY(gatedprune, m) {
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
       "Tensor? residual, str activation, bool x_columns=False, bool y_columns=False) -> Tensor");
   m.def("subsample(Tensor x, int channel_dim) -> Tensor");
-  m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor strength, Tensor? index, int k, bool boost, float? max_gain=None, int? channel_dim=None) -> (Tensor, Tensor)");
+  m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor strength, Tensor? index, int k, bool boost, float? max_gain=None, int? channel_dim=None, Tensor? reduce=None) -> (Tensor, Tensor)");
   m.def("affine(Tensor x, Tensor scale, Tensor shift, Tensor? index, str activation, bool mean) -> (Tensor, Tensor)");
   m.def("channel_index(Tensor[] tables, Tensor fixed, Tensor[] active, int channels) -> Tensor");
   m.def("channel_gain(Tensor[] units, Tensor[] active, Tensor[] gain, int[] sizes, Tensor? index) -> Tensor");
