@@ -58,6 +58,7 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
 @click.option("--include", multiple=True, help="Gate only sites that fit this pattern; may be given several times.")
 @click.option("--exclude", multiple=True, help="Never gate sites that fit this pattern.")
 @click.option("--signed/--absolute", default=True, help="What gates see: the mean, or the mean absolute value.")
+@click.option("--rank", type=click.IntRange(1), help="Of predictors; default: whole matrices.", show_default=False)
 @click.option(
     "--held-out",
     type=click.IntRange(2),
@@ -82,8 +83,9 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the numbers to this file.")
 def main(model: str, weights: Path | None, images: Path | None, labels: Path | None, calibration: Path,
          ratios: tuple[float, ...], include: tuple[str, ...], exclude: tuple[str, ...], signed: bool,
-         held_out: int | None, rounds: int, views: int, allocate: bool, rankings: tuple[str, ...], yardsticks: bool,
-         mean: float | None, std: float | None, batch: int, file: Path | None) -> None:  # fmt: skip
+         rank: int | None, held_out: int | None, rounds: int, views: int, allocate: bool, rankings: tuple[str, ...],
+         yardsticks: bool, mean: float | None, std: float | None, batch: int,
+         file: Path | None) -> None:  # fmt: skip
     """Top-1 of dense, static and dynamic pruning without training, at the same number of channels."""
     if held_out is None and (images is None or labels is None):
         raise click.UsageError("Give --images and --labels, or --held-out.")
@@ -96,12 +98,12 @@ def main(model: str, weights: Path | None, images: Path | None, labels: Path | N
             pictures, names = load_images(images, net, mean, std)
             truth = load_labels(labels, names)
         gated = gatedprune.wrap(net, ratio=0.0, example_inputs=pictures[:1], include=include, exclude=exclude,
-                                signed=signed)  # fmt: skip
+                                signed=signed, rank=rank)  # fmt: skip
         if "taylor" in rankings:
             taylor_gradients(gated, other[0], batch)
         dense, data, runs = top1(gated, pictures, truth, batch), Views(other, batch), []
-        options = {"model": model, "include": include, "exclude": exclude, "signed": signed, "held_out": held_out,
-                   "rounds": rounds, "views": views, "images": len(pictures),
+        options = {"model": model, "include": include, "exclude": exclude, "signed": signed, "rank": rank,
+                   "held_out": held_out, "rounds": rounds, "views": views, "images": len(pictures),
                    "calibration": len(other[0])}  # fmt: skip
         for ratio in ratios:
             run = measure(gated, ratio, data, pictures, truth, batch=batch, rounds=rounds, rankings=rankings,

@@ -42,6 +42,7 @@ __all__ = ["command"]
     show_default=True,
     help="What computes the dynamic model.",
 )
+@click.option("--rank", type=click.IntRange(1), help="Of predictors; fewer weights to read.  [default: whole matrices]")
 @click.option("--tune", is_flag=True, help="Choose each layer's backend by timing it.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that are timed.")
 @json_option
@@ -49,8 +50,8 @@ __all__ = ["command"]
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw ms over MACs to a .png, .svg or .pdf."
 )
 def command(model: Build, sizes: tuple[tuple[int, int], ...], ratios: list[float],
-          batches: list[int], threads: list[int], runtimes: tuple[str, ...], backend: str, tune: bool,
-          repeats: int, file: Path | None, plot: Path | None) -> None:  # fmt: skip
+          batches: list[int], threads: list[int], runtimes: tuple[str, ...], backend: str,
+          rank: int | None, tune: bool, repeats: int, file: Path | None, plot: Path | None) -> None:  # fmt: skip
     """How fast: dense, static and dynamic timed together, over sizes, ratios, batches and threads.
 
     \b
@@ -71,7 +72,8 @@ def command(model: Build, sizes: tuple[tuple[int, int], ...], ratios: list[float
         count = len(shapes) * len(ratios) * len(batches) * len(threads)
         with click.progressbar(length=count, label="timing", file=sys.stderr) as bar:
             return run(network, shapes, ratios=ratios, batches=batches, threads=threads, runtimes=runtimes,
-                       backend=backend, tune=tune, repeats=repeats, on_cell=lambda _: bar.update(1))  # fmt: skip
+                       backend=backend, tune=tune, rank=rank, repeats=repeats,
+                       on_cell=lambda _: bar.update(1))  # fmt: skip
 
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise click.ClickException("--plot needs matplotlib: pip install 'gatedprune[bench]'.")

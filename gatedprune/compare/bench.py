@@ -167,6 +167,7 @@ def bench(
     runtimes: Sequence[str] = (),
     backend: str = "auto",
     tune: bool = False,
+    rank: int | None = None,
     warmup: int = 3,
     repeats: int = 20,
     on_cell: Callable[[Cell], None] | None = None,
@@ -178,7 +179,7 @@ def bench(
         sizes: (H, W) of the images.
         ratios, batches, threads: What else is varied; every combination is a cell.
         runtimes: Also time the static model in these, names of `RUNTIMES`; with "compile" the dynamic one too.
-        backend, tune: See `compact`.
+        backend, tune: See `compact`. rank: Of predictors, see `gatedprune.wrap`.
         warmup, repeats: See `measure_latency`.
         on_cell: Called with each cell as it is done, for a progress bar.
 
@@ -195,11 +196,11 @@ def bench(
     cells, used = [], "torch"
     for size, ratio in itertools.product(sizes, ratios):
         one = torch.randn(1, 3, *size)
-        gated = wrap(copy.deepcopy(model), ratio=ratio, example_inputs=one)
+        gated = wrap(copy.deepcopy(model), ratio=ratio, example_inputs=one, rank=rank)
         fast = compact(gated, one, backend=backend, tune=tune)
         used = fast.backend
         models: dict[str, Any] = {"dense": dense_copy(gated)}
-        notes: list[str] = []
+        notes = [] if rank is None else [f"dynamic: predictors of rank {rank}"]
         try:
             static = prune_static(gated, example_inputs=one)
             models["static"] = static.model

@@ -36,6 +36,14 @@ def test_every_combination(result: Benchmark) -> None:
     assert fewer.macs["dynamic"] < more.macs["dynamic"]
 
 
+def test_predictors_of_low_rank(result: Benchmark) -> None:
+    model = timm.create_model("test_resnet").eval()
+    found = bench(model, [(64, 96)], ratios=[0.25], rank=4, repeats=1, warmup=0)
+    assert found.cells[0].macs["static"] == result.cells[0].macs["static"]
+    assert found.cells[0].macs["dynamic"] < result.cells[0].macs["dynamic"]
+    assert "predictors of rank 4" in str(found)
+
+
 def cell(dense: float, dynamic: float, macs: int) -> Cell:
     def latency(ms: float) -> Latency:
         return Latency(ms, ms, ms, 3, 1, 1, "cpu")
