@@ -151,8 +151,8 @@ class SiteReport:
         """MACs per sample of the model gated at ``ratio``, predictors included: arithmetic, nothing is run.
 
         Args:
-            ratio, rank: As in `gatedprune.wrap`: ``ratio`` is a number for all sites, or a mapping from name patterns
-                to numbers.
+            ratio: As in `gatedprune.wrap`: a number for all sites, or a mapping from name patterns to numbers.
+            rank: Of predictors, as in `gatedprune.wrap`.
         """
         config = GateConfig(ratio=ratio, rank=rank)
         asked = {s.name: (s.channels, config.ratio_for(s.name)) for s in self.sites}
