@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gatedprune.training import OracleChoice, allocate, calibrate, held_out_r2, match_norms
+from gatedprune.wrapping import macs_left
 
 from .baselines import RANKINGS, choosing, compensating, reading_means, scores_by
 
@@ -60,11 +61,7 @@ def measure(
     gated.set_ratio(0.0)
     means = reading_means(gated, calibration.views[0], calibration.batch)
     gated.set_ratio(ratio)
-    counts = {name: gate.active_count for name, gate in gated.gates.items()}
-    found: dict[str, Any] = {
-        "macs": gated.site_report.macs_with(counts, gated.gate_config.rank) / gated.site_report.macs,
-        "static": {},
-    }
+    found: dict[str, Any] = {"macs": macs_left(gated) / gated.site_report.macs, "static": {}}
     for ranking in rankings:
         if ranking == "activation":
             calibrate(gated, plain, rounds=1, dynamic=False, norms=False)

@@ -10,7 +10,19 @@ from typing import Any
 import click
 import torch
 
-from .common import Build, Numbers, Size, dense, explained, image, json_option, model_argument, printed, written
+from .common import (
+    Build,
+    Numbers,
+    Size,
+    dense,
+    explained,
+    image,
+    json_option,
+    model_argument,
+    printed,
+    rank_option,
+    written,
+)
 
 __all__ = ["command"]
 
@@ -42,7 +54,7 @@ __all__ = ["command"]
     show_default=True,
     help="What computes the dynamic model.",
 )
-@click.option("--rank", type=click.IntRange(1), help="Of predictors; fewer weights to read.  [default: whole matrices]")
+@rank_option
 @click.option("--tune", is_flag=True, help="Choose each layer's backend by timing it.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that are timed.")
 @json_option

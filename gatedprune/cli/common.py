@@ -44,6 +44,7 @@ __all__ = [
     "model_options",
     "printed",
     "refuse",
+    "rank_option",
     "size_option",
     "written",
 ]
@@ -173,6 +174,8 @@ class Numbers(click.ParamType):
 
 model_argument = click.argument("model", type=Model())
 _FILE: Any = click.Path(dir_okay=False, path_type=Path)
+rank_option = click.option("--rank", type=click.IntRange(1), help="Of predictors; fewer weights to read.  [default: "
+                           "whole matrices]")  # fmt: skip
 size_option = click.option("--size", type=Size(), help="Image size in pixels; default: the one timm configures.")
 json_option = click.option(
     "--json",
@@ -215,9 +218,7 @@ def gate_options(command: Callable[..., Any]) -> Any:
     @click.option("--include", multiple=True, metavar="PATTERN", help="Gate only sites that fit; several times.")
     @click.option("--exclude", multiple=True, metavar="PATTERN", help="Never gate sites that fit; several times.")
     @click.option("--signed", is_flag=True, help="Gates look at means, not at means of absolute values.")
-    @click.option(
-        "--rank", type=click.IntRange(1), help="Of predictors; fewer weights to read.  [default: whole matrices]"
-    )
+    @rank_option
     @functools.wraps(command)
     def with_gates(ratio: float | None, macs: float | None, include: tuple[str, ...], exclude: tuple[str, ...],
                    signed: bool, rank: int | None, **rest: Any) -> Any:  # fmt: skip

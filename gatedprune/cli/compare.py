@@ -28,6 +28,7 @@ from .common import (
     limit_option,
     model_options,
     printed,
+    rank_option,
     refuse,
     size_option,
     written,
@@ -69,7 +70,7 @@ class Accuracy:
 @click.option("--include", multiple=True, metavar="PATTERN", help="Gate only sites that fit; several times.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Never gate sites that fit; several times.")
 @click.option("--signed", is_flag=True, help="Gates look at means, not at means of absolute values.")
-@click.option("--rank", type=click.IntRange(1), help="Of predictors; fewer weights to read.  [default: whole matrices]")
+@rank_option
 @data_option("--data", help="Images to measure the accuracy on.")
 @labels_option
 @data_option("--calibrate", help="Other images, to calibrate gates and rank channels on; labels are not used.")

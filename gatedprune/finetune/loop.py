@@ -6,6 +6,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -331,11 +332,9 @@ def check_recipe(config: FinetuneConfig) -> None:
 
 def _optimizer(of: Any, config: FinetuneConfig, rates: Mapping[str, float] | None = None) -> Any:
     """timm's; a gated model's predictors have their own learning rates."""
-    groups: Any = None
-    if is_gated(of):
-        groups = lambda gated: parameter_groups(gated, rates or {}, config.lr, config.weight_decay)  # noqa: E731
+    own = partial(parameter_groups, rates=rates or {}, lr=config.lr, weight_decay=config.weight_decay)
     return create_optimizer_v2(of, config.opt, lr=config.lr, weight_decay=config.weight_decay,
-                               momentum=config.momentum, param_group_fn=groups)  # fmt: skip
+                               momentum=config.momentum, param_group_fn=own if is_gated(of) else None)  # fmt: skip
 
 
 def _scheduler(optimizer: Any, config: FinetuneConfig, steps: int) -> Any:

@@ -21,7 +21,7 @@ from ..files import atomic_folder, read_tensors, write_tensors
 from ..io import find_imported, is_saved, load, save
 from ..sites import find_sites, normalise_inputs
 from ..training import calibrate, predictor_rates
-from ..wrapping import is_gated, unwrap, wrap
+from ..wrapping import is_gated, macs_left, unwrap, wrap
 from .data import check_outputs
 from .options import FinetuneConfig
 
@@ -199,9 +199,7 @@ def _imported(value: str) -> nn.Module:
 def macs(model: nn.Module, example: Tensor) -> int:
     """MACs per image of a trained model, predictors included: arithmetic on its operators, the same for all modes."""
     if is_gated(model):
-        gated: Any = model
-        active = {name: gate.active_count for name, gate in gated.gates.items()}
-        return int(gated.site_report.macs_with(active, gated.gate_config.rank))
+        return macs_left(model)
     plain = copy.deepcopy(model)
     if "_original_forward" in vars(plain):  # Accelerate's mixed precision, whose casts hide weights from the capture
         plain.__dict__.pop("forward", None)

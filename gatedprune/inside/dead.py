@@ -17,7 +17,7 @@ from ..errors import ConfigError, ModelError
 from ..functional import active_mask
 from ..gates import Gate
 from ..sites import analyse, capture, evaluating, two_samples
-from ..wrapping import GatedModel, unwrap, wrap
+from ..wrapping import GatedModel, macs_left, unwrap, wrap
 from .counts import Usage, usage
 from .cutting import cut_sites
 from .table import aligned
@@ -115,7 +115,7 @@ def prune_dead(gated: Any, batches: Iterable[Any] | None = None, *, found: Usage
     return DeadPruning(
         model=model, kept=everything, channels=channels, left=left,
         parameters=(_count(gated), _count(model)), macs=(gated.site_report.macs, model.site_report.macs),
-        macs_left=(_macs_left(gated), _macs_left(model)),
+        macs_left=(macs_left(gated), macs_left(model)),
     )  # fmt: skip
 
 
@@ -134,11 +134,6 @@ def _stays(counts: Any, dead: Any) -> Tensor:
 
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _macs_left(gated: GatedModel) -> int:
-    active = {name: gate.active_count for name, gate in gated.gates.items()}
-    return gated.site_report.macs_with(active, gated.gate_config.rank)
 
 
 def _passing(gated: GatedModel, plan: dict[str, Tensor], left: dict[str, str]) -> dict[str, Tensor]:
@@ -304,11 +299,10 @@ def _copy_gate(old: Gate, new: Gate, rows: Tensor, columns: Tensor, name: str) -
         if key in ("weight", "reduce"):
             continue
         mine[key].copy_(value.index_select(0, rows) if value.dim() else value)
-    weight = old.weight.index_select(0, rows)
     if new.rank == old.rank and old.reduce is not None:
-        mine["weight"].copy_(weight)
+        mine["weight"].copy_(old.weight.index_select(0, rows))
         mine["reduce"].copy_(old.reduce.index_select(1, columns))
-    else:  # so few channels are left that one matrix takes less
+    else:  # one matrix: so it was, or so few channels are left that it takes less than two
         new.set_predictor(old.predictor.index_select(0, rows).index_select(1, columns))
     new.active_count = min(old.active_count, len(rows))
 

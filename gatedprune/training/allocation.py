@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,12 +116,11 @@ def allocate(gated: Any, batches: Iterable[Any], *, macs: float, levels: Sequenc
         points = {site.channels: 0.0}
         points.update((config.active_count(site.channels, ratio), value) for ratio, value in found[site.name])
         curves[site.name] = _interpolated(points, config.round_to)
-    counts = share_out(curves, lambda k: report.macs_with(k, config.rank), math.floor(macs * report.macs))
+    left = partial(report.macs_with, rank=config.rank)
+    counts = share_out(curves, left, math.floor(macs * report.macs))
     ratios = {site.name: 1 - counts[site.name] / site.channels for site in gated.gated_sites}
     gated.set_ratio(ratios)
-    return Allocation(
-        ratios, report.macs_with(counts, config.rank) / report.macs, {n: tuple(v) for n, v in found.items()}
-    )
+    return Allocation(ratios, left(counts) / report.macs, {n: tuple(v) for n, v in found.items()})
 
 
 def _sensitivity(gated: Any, batches: Iterable[Any], inputs: Inputs | None, levels: list[float],

@@ -338,11 +338,12 @@ def _root(covariance: Tensor) -> Tensor:
 
 def _install(gate: Gate, ridge: Ridge, info: SiteFit, moments: Moments) -> None:
     total = moments.total()
-    mx = total.x[0] / total.count
-    gate.set_predictor(info.scale * ridge.weight, _root(total.xx[0] / total.count - mx[:, None] * mx))
-    lost = (info.scale * ridge.weight - gate.predictor.to(mx)) @ mx  # what a predictor of low rank leaves out
-    gate.bias.copy_(info.scale * ridge.bias + lost + info.offset)
-    gate.start.copy_(info.scale * total.y[0] / total.count + info.offset)
+    mx, start = total.x[0] / total.count, info.scale * total.y[0] / total.count + info.offset
+    # Only a predictor of low rank has to be cut, for which the decomposition is.
+    seen = None if gate.rank is None else _root(total.xx[0] / total.count - mx[:, None] * mx)
+    gate.set_predictor(info.scale * ridge.weight, seen)
+    gate.bias.copy_(start - gate.predictor.to(mx) @ mx)  # the mean saliency stays what it was, cut or not
+    gate.start.copy_(start)
     gate.strength.zero_()
     gate.forget_threshold()
     gate.clear()

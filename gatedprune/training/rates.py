@@ -10,13 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
-from torch import Tensor
 
 from ..errors import ConfigError, DataError
-from ..functional import subsample
 from ..gates import Gate
 from ..sites import evaluating
 from .calibration import check_gated, model_arguments
+from .contribution import Contributions
 
 __all__ = ["REACH", "parameter_groups", "predictor_rates"]
 
@@ -52,32 +51,24 @@ def predictor_rates(gated: Any, batches: Iterable[Any], *, reach: float = REACH,
         raise ConfigError(f"`reach` of predictor_rates() must be a number of at least 0. Got {reach!r}.")
     check_gated(gated, "predictor_rates()")
     gates: dict[str, Gate] = gated.gates
-    seen: dict[str, list[float]] = {name: [0.0, 0.0] for name in gates}
+    sums: dict[str, Any] = dict.fromkeys(gates, 0.0)  # of squares of what each matrix of the predictor sees
     samples = 0
-
-    def watch(sums: list[float]) -> Callable[..., None]:
-        def see(gate: Gate, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].to(torch.promote_types(args[0].dtype, gate.weight.dtype))
-            s = subsample(x, gate.channel_dim, gate.signed)
-            for i, value in enumerate((s, s if gate.reduce is None else F.linear(s, gate.reduce.to(s)))):
-                sums[i] += float(value.square().sum())
-
-        return see
-
-    handles = [gate.register_forward_hook(watch(seen[name])) for name, gate in gates.items()]
     try:
-        with torch.no_grad(), evaluating(gated):
+        with torch.no_grad(), evaluating(gated), Contributions(gated) as record:
+            record.reading = False
             for args in model_arguments(gated, batches, inputs, "predictor_rates()"):
-                samples += next(len(a) for a in args if isinstance(a, Tensor))
                 gated(*args)
+                for name, gate in gates.items():
+                    s = record.seen[name]
+                    values = [s] if gate.reduce is None else [s, F.linear(s, gate.reduce.to(s))]
+                    sums[name] += torch.stack([value.square().sum() for value in values])
+                samples += len(s)
     finally:
-        for handle in handles:
-            handle.remove()
         for gate in gates.values():
             gate.clear()
     if not samples:
         raise DataError("The `batches` of predictor_rates() are empty: give it a hundred samples or so.")
-    largest = {name: max(sums) if all(map(math.isfinite, sums)) else math.nan for name, sums in seen.items()}
+    largest = {name: float(total.max()) for name, total in sums.items()}  # NaN where there is one
     bad = [name for name, total in largest.items() if not math.isfinite(total)]
     if bad:
         raise DataError(f"What the gate of the site {bad[0]} sees is not finite: look for NaN in images and weights.")

@@ -1,16 +1,17 @@
-"""From a budget of MACs to a ratio: the uniform ratio that leaves at most a given share of the dense model's MACs."""
+"""MACs that gates leave; and from a budget of them to a ratio."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from ..config import GateConfig
 from ..errors import ConfigError
 from ..sites import Site, SiteReport
 
-__all__ = ["fit_ratio"]
+__all__ = ["fit_ratio", "macs_left"]
 
 STEPS = 10_000  # ratios are looked for in ten-thousandths: no site of timm's has more channels
 
@@ -44,3 +45,10 @@ def fit_ratio(report: SiteReport, config: GateConfig, sites: Sequence[Site]) -> 
         middle = (low + high) // 2
         low, high = (low, middle) if left(middle) <= budget else (middle + 1, high)
     return dataclasses.replace(config, macs=None, ratio=high / STEPS)
+
+
+def macs_left(gated: Any) -> int:
+    """MACs per sample of a gated model at its present numbers of channels, predictors included."""
+    active = {name: gate.active_count for name, gate in gated.gates.items()}
+    found: int = gated.site_report.macs_with(active, gated.gate_config.rank)
+    return found

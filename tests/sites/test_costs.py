@@ -35,7 +35,7 @@ def test_predictors_of_low_rank_cost_less(options: dict[str, float]) -> None:
     left = report.macs_left(ratio, rank=4)
     assert left < report.macs_left(ratio)
     compact = gatedprune.count_macs(gatedprune.compact(gated, images), images)
-    assert left == compact.total
+    assert left == compact.total == compact.operators  # by formula, by the layers' rules, by the flop counter
     assert compact.predictors == gatedprune.count_macs(gated, images).predictors
     assert "macs" not in options or 0.65 * report.macs < left <= 0.7 * report.macs
 
