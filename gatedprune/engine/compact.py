@@ -17,6 +17,7 @@ from ..sites import Analysis, analyse, capture, normalise_inputs, two_samples
 from ..wrapping import GatedModel, baked
 from . import native
 from .lowering import lower
+from .program import Programs
 from .selection import Selector
 from .tuning import apply_tuning, tune_layers
 
@@ -86,6 +87,7 @@ class CompactModel(nn.Module):
         # Not a submodule: its parameters live on in the lowered graphs, and it is never called.
         self.__dict__["_source"] = source
         self._lowered = nn.ModuleDict()
+        self._programs = Programs()
         self._last = ""
         self._chosen: dict[str, Tensor] | None = None  # what a call that went sample by sample chose
         self.train(False)
@@ -115,6 +117,11 @@ class CompactModel(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """Like the gated model's: any batch size, including 0; every sample has its own active channels."""
+        key = self._programs.key(args)
+        program = self._programs.find(key)
+        if program is not None:
+            self._last, self._chosen = program.graph, None
+            return program(*args)
         if not args or not any(isinstance(a, Tensor) and a.is_floating_point() for a in args):
             raise DataError(
                 "A compact model takes floating-point tensors such as (B, 3, H, W) images as positional arguments."
@@ -129,7 +136,14 @@ class CompactModel(nn.Module):
                 samples = next(a.shape[0] for a in args if isinstance(a, Tensor) and a.dim())
                 if samples > 1:
                     return self._one_by_one(args, samples)
-            return self.prepare(*args)(*args)
+            return self._compute(args, key)
+
+    def _compute(self, args: tuple[Any, ...], key: tuple | None) -> Any:
+        """Run the graph of these shapes, and record it, so that the next such call need not come here."""
+        graph = self.prepare(*args)
+        if key is not None and self.backend == "native":
+            return self._programs.make(key, graph, args, self._last)
+        return graph(*args)
 
     def _one_by_one(self, args: tuple[Any, ...], samples: int) -> Any:
         """Sample by sample, where each has its own number of channels, so that no narrow tensor could hold two."""
@@ -207,6 +221,7 @@ class CompactModel(nn.Module):
         # .to(), .double(), .cuda(): convert the source, and lower again when next called.
         self.__dict__["_source"]._apply(fn)
         self._lowered.clear()
+        self._programs.clear()
         self._last, self._chosen = "", None
         return self
 

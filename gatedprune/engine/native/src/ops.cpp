@@ -568,6 +568,7 @@ std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Te
                                 const Tensor& strength, const optional<Tensor>& index, int64_t k, bool boost,
                                 optional<double> max_gain, optional<int64_t> channel_dim,
                                 const optional<Tensor>& reduce) {
+  const c10::impl::ExcludeDispatchKeyGuard exact(c10::autocast_dispatch_keyset);  // float32 decides who wins
   Tensor s = channel_dim ? subsample(s_, *channel_dim) : s_;
   if (index) s = at::zeros({s.size(0), (reduce ? *reduce : weight).size(1)}, s.options()).scatter_(1, *index, s);
   if (reduce) s = s.size(0) == 1 ? at::mv(*reduce, s[0]).unsqueeze(0) : at::linear(s, *reduce);
