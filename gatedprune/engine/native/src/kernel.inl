@@ -528,6 +528,33 @@ GP_TARGET static float affine(const float* x, int64_t n, float scale, float shif
   return hsum(sum);
 }
 
+// y[r] = w[r] · x + bias[r]. Several rows at once, since each waits for its own last sum and for its own memory.
+template <int R>
+GP_INLINE void dots(const float* w, int64_t n, const float* x, const float* bias, float* y) {
+  V a[R], b[R];
+  GP_UNROLL for (int r = 0; r < R; r++) a[r] = b[r] = V{};
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    const V x0 = load(x + i), x1 = load(x + i + L);
+    GP_UNROLL for (int r = 0; r < R; r++) {
+      a[r] += load(w + r * n + i) * x0;
+      b[r] += load(w + r * n + i + L) * x1;
+    }
+  }
+  for (; i < n; i += L) {
+    const int64_t live = std::min<int64_t>(L, n - i);
+    const V x0 = load_part(x + i, live);
+    GP_UNROLL for (int r = 0; r < R; r++) a[r] += load_part(w + r * n + i, live) * x0;
+  }
+  for (int r = 0; r < R; r++) y[r] = hsum(a[r] + b[r]) + (bias ? bias[r] : 0.f);
+}
+
+GP_TARGET static void matvec(const float* w, int64_t rows, int64_t n, const float* x, const float* bias, float* y) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) dots<8>(w + r * n, n, x, bias ? bias + r : nullptr, y + r);
+  for (; r < rows; r++) dots<1>(w + r * n, n, x, bias ? bias + r : nullptr, y + r);
+}
+
 GP_TARGET static float abs_sum(const float* x, int64_t n) {
   V a[4] = {};
   int64_t i = 0;

@@ -26,7 +26,7 @@ GP_PARTIAL V keep_part(V v, int64_t n) { return (V)_mm512_maskz_mov_ps(first(n),
 namespace gatedprune {
 const Kernels* kernels_avx512() {
   static const Kernels all{"avx512", avx512::L, &avx512::scratch, &avx512::layer, &avx512::depthwise, &avx512::abs_sum,
-                           &avx512::affine, &avx512::abs_sum_tokens};
+                           &avx512::affine, &avx512::matvec, &avx512::abs_sum_tokens};
   return &all;
 }
 }  // namespace gatedprune

@@ -64,6 +64,8 @@ struct Kernels {
   float (*abs_sum)(const float* x, int64_t n);
   // y = activation(x * scale + shift); returns the sum of |y|.
   float (*affine)(const float* x, int64_t n, float scale, float shift, Activation, float* y);
+  // y = w x + bias: w (rows, n), row by row; bias may be null.
+  void (*matvec)(const float* w, int64_t rows, int64_t n, const float* x, const float* bias, float* y);
   void (*abs_sum_tokens)(const float* x, int64_t tokens, int64_t channels, float* sums);
 };
 

@@ -218,8 +218,14 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
                   y.scalar_type() == at::kFloat,
               "residual has another shape or type than the output");
   TORCH_CHECK(!residual || residual->sizes() == y.sizes(), "residual has another shape than the output");
-  Tensor total = mean ? at::zeros({B, R_all}, x.options()) : at::empty({0}, x.options());
+  Tensor total = at::empty({mean ? B : 0, mean ? R_all : 0}, x.options());
+  float* sum_of = mean ? total.mutable_data_ptr<float>() : nullptr;
+  if (mean) std::fill(sum_of, sum_of + B * R_all, 0.f);
   if (y.numel() == 0) return {y, total};
+  auto finish = [&] {  // sums to means
+    if (mean)
+      for (int64_t i = 0; i < B * R_all; i++) sum_of[i] /= float(N);
+  };
 
   const bool direct = taps == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
   Padded p;
@@ -231,7 +237,6 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const double flops = 2.0 * B * R_all * K * taps * N;
   const float* w = weight.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
-  float* sum_of = mean ? total.mutable_data_ptr<float>() : nullptr;
 
   if (!direct && K == 1 && R == 1 && !residual) {
     for_all(B * G, flops, [&](int64_t i) {
@@ -243,15 +248,17 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
                         gain ? row_of<float>(gain, s)[r] : 1.f, act, out + i * N};
       kernel.depthwise(d, sum_of ? sum_of + i : nullptr);
     });
-    if (mean) total.div_(N);
+    finish();
     return {y, total};
   }
 
   std::vector<int32_t> columns(rows_of_index * K * taps);
-  for (int64_t s = 0; s < rows_of_index; s++)
+  for (int64_t s = 0; s < rows_of_index; s++) {
+    const int64_t* active = row_of<int64_t>(in_index, s);
+    int32_t* to = columns.data() + s * K * taps;
     for (int64_t j = 0; j < K; j++)
-      for (int64_t t = 0; t < taps; t++)
-        columns[(s * K + j) * taps + t] = int32_t((in_index ? row_of<int64_t>(in_index, s)[j] : j) * taps + t);
+      for (int64_t t = 0; t < taps; t++) *to++ = int32_t((active ? active[j] : j) * taps + t);
+  }
 
   const int64_t vectors = (N + kernel.lanes - 1) / kernel.lanes, ldw = cg * taps;
   const Cut c = cut(B * G, vectors, R, flops);
@@ -290,7 +297,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
                  R * (row_cut + 1) / c.row_cuts, scratch_memory(need), to ? to + b * R_all + g * R : nullptr);
   });
   if (partial.defined()) at::sum_out(total, partial, {0});
-  if (mean) total.div_(N);
+  finish();
   return {y, total};
 }
 
@@ -378,8 +385,10 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
   const int64_t T = x.numel() / K / items;
 
   std::vector<int32_t> columns(B * K);
-  for (int64_t s = 0; s < B; s++)
-    for (int64_t j = 0; j < K; j++) columns[s * K + j] = int32_t(in_index ? row_of<int64_t>(in_index, s)[j] : j);
+  for (int64_t s = 0; s < B; s++) {
+    const int64_t* active = row_of<int64_t>(in_index, s);
+    for (int64_t j = 0; j < K; j++) columns[s * K + j] = int32_t(active ? active[j] : j);
+  }
   const Kernels& kernel = kernels();
   const Activation act = activation_of(activation);
   const double flops = 2.0 * items * T * K * R;
@@ -562,26 +571,64 @@ Tensor channel_gain(at::TensorList units, at::TensorList active, at::TensorList 
   return out;
 }
 
+// φ's saliencies before the rectifier, g (B, C), of s (B, C_in), or (B, n) of the channels that index names.
+Tensor saliency(const Tensor& s_, const Tensor& weight_, const Tensor& bias_, const optional<Tensor>& index_,
+                const optional<Tensor>& reduce_) {
+  const Tensor s = s_.contiguous(), weight = weight_.contiguous(), bias = bias_.contiguous();
+  const auto index = contiguous(index_), reduce = contiguous(reduce_);
+  const int64_t B = s.size(0), C = weight.size(0), in = (reduce ? *reduce : weight).size(1);
+  TORCH_CHECK(s.dim() == 2 && weight.dim() == 2 && bias.numel() == C && (!reduce || reduce->size(0) == weight.size(1)),
+              "s must be (B, n), weight (C, C_in) or (C, rank) with reduce (rank, C_in), bias (C,)");
+  TORCH_CHECK(index ? index->sizes() == s.sizes() : s.size(1) == in, "s has ", s.size(1), " channels where ", in, " are");
+  for (const Tensor& t : {s, weight, bias, reduce ? *reduce : weight})
+    TORCH_CHECK(t.scalar_type() == at::kFloat && t.device().is_cpu(), "the gate must be float32, on the CPU");
+  check_index(index, in, "index");
+  if (B != 1) {
+    Tensor full = index ? at::zeros({B, in}, s.options()).scatter_(1, *index, s) : s;
+    if (reduce) full = at::linear(full, *reduce);
+    return at::linear(full, weight, bias).contiguous();
+  }
+  // One sample is a product of a matrix and a vector, from the memory's point of view little work: no operator in between.
+  thread_local std::vector<float> full, low;
+  const float* x = s.const_data_ptr<float>();
+  if (index) {
+    full.assign(in, 0.f);
+    const int64_t* at = index->const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < index->size(1); i++) full[at[i]] = x[i];
+    x = full.data();
+  }
+  const Kernels& kernel = kernels();
+  if (reduce) {
+    low.resize(reduce->size(0));
+    kernel.matvec(reduce->const_data_ptr<float>(), reduce->size(0), in, x, nullptr, low.data());
+    x = low.data();
+  }
+  Tensor g = at::empty({1, C}, s.options());
+  float* to = g.mutable_data_ptr<float>();
+  const float *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
+  const int64_t n = weight.size(1);
+  at::parallel_for(0, C, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, n)), [&](int64_t begin, int64_t end) {
+    kernel.matvec(w + begin * n, end - begin, n, x, b + begin, to + begin);
+  });
+  return g;
+}
+
 // Saliency and winner-takes-all: s (B, C_in or n) → active set (B, k), ascending, and gain (B, k). With channel_dim
 // what the gate looks at, (B, …), in the place of s.
-std::tuple<Tensor, Tensor> gate(const Tensor& s_, const Tensor& weight, const Tensor& bias, const Tensor& start,
+std::tuple<Tensor, Tensor> gate(const Tensor& s, const Tensor& weight, const Tensor& bias, const Tensor& start,
                                 const Tensor& strength, const optional<Tensor>& index, int64_t k, bool boost,
                                 optional<double> max_gain, optional<int64_t> channel_dim,
                                 const optional<Tensor>& reduce) {
   const c10::impl::ExcludeDispatchKeyGuard exact(c10::autocast_dispatch_keyset);  // float32 decides who wins
-  Tensor s = channel_dim ? subsample(s_, *channel_dim) : s_;
-  if (index) s = at::zeros({s.size(0), (reduce ? *reduce : weight).size(1)}, s.options()).scatter_(1, *index, s);
-  if (reduce) s = s.size(0) == 1 ? at::mv(*reduce, s[0]).unsqueeze(0) : at::linear(s, *reduce);
-  // A matrix-vector product costs a third less than the product with a matrix of one row.
-  const Tensor g = s.size(0) == 1 ? at::addmv(bias, weight, s[0]).unsqueeze(0) : at::linear(s, weight, bias).contiguous();
+  const Tensor g = saliency(channel_dim ? subsample(s, *channel_dim) : s, weight, bias, index, reduce);
   const Tensor from = start.contiguous();
   const int64_t B = g.size(0), C = g.size(1);
-  TORCH_CHECK(g.scalar_type() == at::kFloat && from.scalar_type() == at::kFloat && strength.scalar_type() == at::kFloat,
-              "the gate must be float32");
+  TORCH_CHECK(from.scalar_type() == at::kFloat && strength.scalar_type() == at::kFloat, "the gate must be float32");
   TORCH_CHECK(k >= 1 && k <= C, "k must be in [1, ", C, "]");
   Tensor active = at::empty({B, k}, g.options().dtype(at::kLong)), gain = at::empty({B, k}, g.options());
-  std::vector<uint64_t> keys(C);
-  std::vector<char> wins(C);
+  thread_local std::vector<uint64_t> keys;
+  thread_local std::vector<char> wins;
+  keys.resize(C), wins.resize(C);
   const float* at_start = from.const_data_ptr<float>();
   const float sigma = std::max(*strength.const_data_ptr<float>(), 0.0f);
   const float most = max_gain ? float(*max_gain) : std::numeric_limits<float>::infinity();
