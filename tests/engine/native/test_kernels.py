@@ -297,6 +297,52 @@ def test_gate_of_low_rank(samples: int, narrow: bool) -> None:
     torch.testing.assert_close(found[1], gain, **CLOSE)
 
 
+@given(
+    seed=st.integers(0, 1000), channels=st.integers(1, 90), inputs=st.integers(1, 150), rank=st.integers(0, 40),
+    narrow=st.booleans(), threads=st.integers(1, 2),
+)  # fmt: skip
+@FUZZ
+def test_saliencies_of_one_sample(seed: int, channels: int, inputs: int, rank: int, narrow: bool, threads: int) -> None:
+    """A product of our own: rows and columns that fill no vector, no memory read that is not there."""
+    torch.manual_seed(seed)
+    index = torch.randperm(inputs)[: (inputs + 1) // 2].sort().values[None] if narrow else None
+    s = torch.rand(1, inputs if index is None else index.shape[1])
+    reduce = torch.randn(rank, inputs) if rank else None
+    weight, bias = torch.randn(channels, rank or inputs), torch.randn(channels)
+    full = s if index is None else torch.zeros(1, inputs).scatter(1, index, s)
+    low = (full if reduce is None else full @ reduce.T).double()
+    wanted = (low @ weight.double().T + bias).relu()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        active, gain = ops.gate(
+            s, weight, bias, torch.zeros(channels), torch.ones(()), index, channels, True, None, None, reduce
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert active.tolist() == [list(range(channels))]
+    torch.testing.assert_close(gain.double(), 1 + wanted, rtol=1e-4, atol=1e-4 * float(wanted.max() + 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"s": torch.rand(1, 5)},
+        {"index": torch.tensor([[0, 1, 9, 3]])},
+        {"bias": torch.zeros(7)},
+        {"reduce": torch.zeros(3, 4)},
+        {"weight": torch.zeros(8, 4, dtype=torch.float64)},
+    ],
+)
+def test_gates_that_do_not_fit_are_refused(change: dict) -> None:
+    given = {"s": torch.rand(1, 4), "weight": torch.zeros(8, 4), "bias": torch.zeros(8), "start": torch.zeros(8),
+             "strength": torch.ones(()), "index": None, "k": 4, "boost": True, "max_gain": None, "channel_dim": None,
+             "reduce": None}  # fmt: skip
+    ops.gate(*given.values())
+    with pytest.raises((RuntimeError, IndexError)):
+        ops.gate(*(given | change).values())
+
+
 @pytest.mark.parametrize(("shape", "dim"), [((1, 8, 5, 4), 1), ((3, 8, 5, 4), 1), ((1, 70, 8), 2), ((2, 600, 8), 2)])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_gate_that_subsamples(shape: tuple[int, ...], dim: int, narrow: bool) -> None:

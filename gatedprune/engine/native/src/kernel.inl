@@ -1,7 +1,7 @@
 // The indexed implicit GEMM, written once and compiled for each instruction set.
 //
 // Pixels are the vector operand, packed into aligned panels of up to MAX_NV vectors, a block of K_BLOCK rows (input
-// channel and tap) at a time so that the block stays in the first-level cache. Each weight is a scalar, broadcast from
+// channel and tap) at a time so that the block stays in the caches. Each weight is a scalar, broadcast from
 // where it lies: row out[r], column columns[k]. No weight is copied, so that choosing channels costs nothing.
 //
 // The including file defines GP_NS, GP_TARGET, GP_LANES and GP_MAX_NV and the row tiles GP_TILE_1 … GP_TILE_4.
@@ -23,7 +23,7 @@ namespace gatedprune {
 namespace GP_NS {
 
 constexpr int L = GP_LANES;
-constexpr int64_t K_BLOCK = 128;
+constexpr int64_t K_BLOCK = 256;
 // A group of panels shares each weight while it is in the cache, and reads and writes longer runs of pixels.
 constexpr int64_t MAX_GROUP = 6;
 
@@ -46,6 +46,14 @@ GP_INLINE float hsum(V a) {
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
 #ifndef GP_PARTIAL
+// The lanes from one on; a vector in which they are loaded over what is there.
+typedef M Lanes;
+GP_INLINE Lanes lanes_from(int64_t lane) {
+  Lanes m;
+  for (int64_t i = 0; i < L; i++) m[i] = i >= lane ? -1 : 0;
+  return m;
+}
+GP_INLINE V load_over(V x, const float* p, Lanes m) { return m ? load(p) : x; }
 // The first n < L values; the others are zero.
 GP_INLINE V load_part(const float* p, int64_t n) {
   V v = V{};
@@ -259,7 +267,7 @@ struct TileTable {
 // from several loads, each aligned to the lanes that it fills.
 struct Piece {
   int64_t offset;
-  M mask;
+  Lanes lanes;
 };
 struct Gather {
   int64_t begin[5];
@@ -275,16 +283,32 @@ GP_INLINE void plan(const Layer& l, int64_t n0, int nv, Gather& g) {
       const int64_t h = n / l.width, w = n % l.width, len = std::min<int64_t>(L - lane, l.width - w);
       Piece& p = g.piece[count++];
       p.offset = h * l.row_pitch + w - lane;
-      for (int64_t i = 0; i < L; i++) p.mask[i] = i >= lane ? -1 : 0;
+      p.lanes = lanes_from(lane);
       lane += len;
       n += len;
     }
     if (g.begin[v] == count) {  // nothing but padding
       g.piece[count].offset = 0;
-      g.piece[count++].mask = M{};
+      g.piece[count++].lanes = lanes_from(0);
     }
   }
   g.begin[nv] = count;
+}
+
+template <int NV>
+GP_INLINE void pack_padded(const Layer& l, const Gather& g, int64_t k0, int64_t k1, float* to) {
+  int64_t j = k0 / l.taps, t = k0 % l.taps, first[NV], count[NV];
+  for (int v = 0; v < NV; v++) first[v] = g.piece[g.begin[v]].offset, count[v] = g.begin[v + 1] - g.begin[v];
+  for (int64_t k = k0; k < k1; k++, to += NV * L) {
+    const float* from = l.x + j * l.plane + l.tap_offset[t];
+    GP_UNROLL for (int v = 0; v < NV; v++) {
+      V x = load(from + first[v]);
+      const Piece* p = g.piece + g.begin[v] + 1;
+      for (int64_t i = 1; i < count[v]; i++, p++) x = load_over(x, from + p->offset, p->lanes);
+      *(V*)(to + v * L) = x;
+    }
+    if (++t == l.taps) t = 0, j++;
+  }
 }
 
 // Rows [k0, k1) of the panel that starts at pixel n0.
@@ -300,17 +324,13 @@ GP_INLINE void pack(const Layer& l, const Gather& g, int64_t n0, int nv, int64_t
         *(V*)(to + v * L) = columns > v * L ? load_part(from + v * L, columns - v * L) : V{};
     }
   } else if (l.source == Source::padded) {
-    int64_t j = k0 / l.taps, t = k0 % l.taps;
-    for (int64_t k = k0; k < k1; k++, to += width) {
-      const float* from = l.x + j * l.plane + l.tap_offset[t];
-      for (int v = 0; v < nv; v++) {
-        const Piece* p = g.piece + g.begin[v];
-        const Piece* end = g.piece + g.begin[v + 1];
-        V x = load(from + p->offset);
-        for (p++; p < end; p++) x = p->mask ? load(from + p->offset) : x;
-        *(V*)(to + v * L) = x;
-      }
-      if (++t == l.taps) t = 0, j++;
+    switch (nv) {
+      case 1: return pack_padded<1>(l, g, k0, k1, to);
+      case 2: return pack_padded<2>(l, g, k0, k1, to);
+#if GP_MAX_NV > 2
+      case 3: return pack_padded<3>(l, g, k0, k1, to);
+      default: return pack_padded<4>(l, g, k0, k1, to);
+#endif
     }
   } else {
     transpose(l.x + n0 * l.plane + k0, columns, k1 - k0, l.plane, to, width);
