@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..sites import norm_options, operators
 from . import attention_handlers, narrow, narrow_norms
@@ -20,7 +20,7 @@ from .operands import same, scalar, without_channels
 if TYPE_CHECKING:
     from .lowering import Lowering
 
-__all__ = ["handler_of"]
+__all__ = ["handler_of", "max_pool"]
 
 Handler = Callable[["Lowering", fx.Node, list[fx.Node]], "fx.Node | None"]
 
@@ -89,15 +89,22 @@ def _pointwise(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | N
     return low.graph.node_copy(node, low.env.__getitem__)
 
 
-def _max_pool(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+def max_pool(low: Lowering, node: fx.Node) -> nn.Module | None:
+    """A max pooling as a module of the native backend; None where it has no such."""
     kernel, stride, padding, dilation, ceil = (*node.args[1:], *[None] * 5)[:5]
     if not low.native or node.kwargs or len(low.flow.shape(node)) != 4 or set(dilation or [1]) != {1}:  # type: ignore[arg-type]
+        return None
+    return narrow.MaxPool2d(_pair(kernel, 1), _pair(stride or kernel, 1), _pair(padding, 0), bool(ceil))
+
+
+def _max_pool(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    module = max_pool(low, node)
+    if module is None:
         return _pointwise(low, node, held)
     after = same(low, node, held[0])
     if after is None:
         return None
     low.state[node] = after
-    module = narrow.MaxPool2d(_pair(kernel, 1), _pair(stride or kernel, 1), _pair(padding, 0), bool(ceil))
     return low.module(low.name(node), module, (low.env[held[0]],))
 
 
