@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -14,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
-from ..engine import compact
+from ..engine import compact, native
+from ..engine.program import record
 from ..errors import ConfigError, ModelError
 from ..files import atomic_write, write_json
 from ..measure import count_macs, measure_latency
@@ -245,6 +248,21 @@ def _compiled(model: nn.Module, x: Tensor, threads: int) -> Callable[[Tensor], A
     return compiled
 
 
+def _recorded(model: nn.Module, x: Tensor, threads: int) -> Callable[[Tensor], Any]:
+    """The model as the engine runs its own: batch norms folded, PyTorch's operators one after the other, no Python."""
+    native.load(required=True)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    # A model that cannot be traced that way has other norms, or keeps them.
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        model = fuse(model, inplace=True)
+    with torch.no_grad():
+        program, _ = record(torch.export.export(model, (x,)).module(), (x,))
+    if program is None:
+        raise ModelError(f"{type(model).__name__} cannot be recorded: what it runs depends on the values in its input.")
+    return program
+
+
 def _exported(model: nn.Module, x: Tensor) -> bytes:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -280,6 +298,7 @@ def _openvino(model: nn.Module, x: Tensor, threads: int) -> Callable[[Tensor], A
 
 
 RUNTIMES: dict[str, Callable[[nn.Module, Tensor, int], Callable[[Tensor], Any]]] = {
+    "recorded": _recorded,
     "compile": _compiled,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,

@@ -11,9 +11,11 @@ import torch
 
 from gatedprune.compare import bench as module
 from gatedprune.compare.bench import Benchmark, Cell, bench
+from gatedprune.engine import native
 from gatedprune.errors import ConfigError, ModelError
 from gatedprune.measure.environment import environment
 from gatedprune.measure.latency import Latency
+from gatedprune.testing.case import enliven
 
 pytest.importorskip("torch_pruning")
 
@@ -92,6 +94,20 @@ def test_what_compiles_is_compiled_for_both_and_stays(monkeypatch: pytest.Monkey
     assert set(found.cells[0].latency) == {"dense", "static", "dynamic", "static, compile", "dynamic, compile"}
     assert len(frames) == 2, "one graph each, compiled once"
     assert "dynamic, compile ms" in str(found)
+
+
+@pytest.mark.skipif(not native.load(), reason=f"no native engine here: {native.build_error()}")
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_static_recorded_is_the_static_model(name: str) -> None:
+    model = enliven(timm.create_model(name)).eval()
+    x = torch.randn(1, 3, *model.default_cfg["input_size"][1:])
+    recorded = module.RUNTIMES["recorded"](model, x, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(recorded(x), model(x), rtol=1e-4, atol=1e-4)
+    names = [type(m).__name__ for m in model.modules()]
+    assert name != "test_resnet" or "BatchNorm2d" in names, "the model itself keeps its norms"
+    found = bench(timm.create_model(name).eval(), [x.shape[2:]], repeats=1, warmup=0, runtimes=["recorded"])
+    assert "static, recorded ms" in str(found)
 
 
 def test_bad_requests() -> None:
