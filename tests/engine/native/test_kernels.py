@@ -444,11 +444,14 @@ def test_operators_are_well_registered() -> None:
     """Schemas, fake kernels and mutation, as torch.library checks them: what compile and export rely on."""
     g = torch.Generator().manual_seed(0)
     x, weight, i, o = torch.randn(2, 3, 8, 8), torch.randn(6, 5, 3, 3), subsets(2, 5, 3, g), subsets(2, 6, 4, g)
-    rest = ([1, 1], [1, 1], [1, 1], 1, True, "relu", True)
     checks = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(ops.conv2d.default, (x, weight, None, i, o, None, None, *rest), test_utils=checks)
     residual = torch.randn(2, 4, 8, 8)
-    torch.library.opcheck(ops.conv2d_into.default, (x, weight, None, i, o, None, residual, *rest), test_utils=checks)
+    for mean in (True, False):
+        rest = ([1, 1], [1, 1], [1, 1], 1, True, "relu", mean)
+        torch.library.opcheck(ops.conv2d.default, (x, weight, None, i, o, None, None, *rest), test_utils=checks)
+        torch.library.opcheck(
+            ops.conv2d_into.default, (x, weight, None, i, o, None, residual, *rest), test_utils=checks
+        )
     tokens, w = torch.randn(2, 7, 3), torch.randn(6, 5)
     for columns in ((False, False), (False, True)):
         torch.library.opcheck(
@@ -456,7 +459,8 @@ def test_operators_are_well_registered() -> None:
         )
     torch.library.opcheck(ops.subsample.default, (x, 1), test_utils=checks)
     torch.library.opcheck(ops.max_pool2d.default, (x, [3, 3], [2, 2], [1, 1], False), test_utils=checks)
-    torch.library.opcheck(ops.affine.default, (x, torch.ones(5), torch.ones(5), i, "", True), test_utils=checks)
+    for mean in (True, False):
+        torch.library.opcheck(ops.affine.default, (x, torch.ones(5), torch.ones(5), i, "", mean), test_utils=checks)
     s = torch.rand(2, 5)
     torch.library.opcheck(
         ops.gate.default,

@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
                   y.scalar_type() == at::kFloat,
               "residual has another shape or type than the output");
   TORCH_CHECK(!residual || residual->sizes() == y.sizes(), "residual has another shape than the output");
-  Tensor total = at::empty({mean ? B : 0, mean ? R_all : 0}, x.options());
+  Tensor total = mean ? at::empty({B, R_all}, x.options()) : at::empty({0}, x.options());
   float* sum_of = mean ? total.mutable_data_ptr<float>() : nullptr;
   if (mean) std::fill(sum_of, sum_of + B * R_all, 0.f);
   if (y.numel() == 0) return {y, total};
