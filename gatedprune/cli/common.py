@@ -55,6 +55,9 @@ NO_GATES = "for a model without gates. The gates of a saved model stay; give --r
 Gating = Callable[[nn.Module, "torch.Tensor | None"], nn.Module]  # (model, example images) → gated model in eval mode
 
 
+_FINETUNED = "finetuned.json"  # beside the weights, where gatedprune.load() alone could not build the model
+
+
 @dataclass(frozen=True)
 class Build:
     """MODEL: call it with a device, a size in pixels, and options of `timm.create_model`; a model in eval mode."""
@@ -116,8 +119,8 @@ class Model(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> Build:
         if isinstance(value, Build):
             return value
-        if is_saved(value):
-            return Build(value, "saved", lambda device, size: load(value))
+        if is_saved(value) or (Path(value) / _FINETUNED).is_file():
+            return Build(value, "saved", lambda device, size: _restored(Path(value)))
         if ":" in value:
             return Build(value, "own", self._imported(value, param, ctx))
         if value.split(".")[0] not in timm.list_models():
@@ -151,6 +154,16 @@ class Model(click.ParamType):
             return model.eval()
 
         return build
+
+
+def _restored(folder: Path) -> nn.Module:
+    """A saved model; one that `finetune` wrote may be pruned, dense or of one's own, and needs the extra `train`."""
+    if not (folder / _FINETUNED).is_file():
+        return load(folder)
+    from ..finetune import load_finetuned
+
+    model: nn.Module = load_finetuned(folder)
+    return model
 
 
 class Numbers(click.ParamType):

@@ -15,6 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 import gatedprune
+from gatedprune.cli.common import Model
 from gatedprune.errors import CheckpointError, ConfigError, DataError
 from gatedprune.finetune import DivergedError, FinetuneConfig, Interrupted, finetune, load_finetuned
 from gatedprune.finetune import command as command_module
@@ -178,6 +179,9 @@ def test_static_and_dense_by_the_same_recipe(images: Path, tmp_path: Path, monke
     assert pruned.first.out_channels == gated.gates["first"].active_count == 8
     assert sum(p.numel() for p in pruned.parameters()) == static.parameters
     for model, mode in ((pruned, "static"), (gated, "dynamic")):
+        named = Model().convert(str(tmp_path / mode / "model"), None, None)  # what the command line makes of the folder
+        other = named("cpu", None)
+        assert named.kind == "saved" and all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))
         state = weights(tmp_path / mode)
         assert not model.training
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
