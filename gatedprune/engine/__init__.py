@@ -2,8 +2,8 @@
 
 `compact` keeps one lowered graph per image size; `lowering` makes it out of the captured graph, with `layout` (which
 channels a narrow tensor holds) and `constants` (folding), `fusion` lets layers take in what follows them;
-`narrow` holds the operators, in plain PyTorch, and `native` the same ones in C++. `frozen` cuts a
-model for active sets that never change.
+`narrow` holds the operators, in plain PyTorch, and `native` the same ones in C++, where `program` also runs a whole
+graph once it has been recorded. `frozen` cuts a model for active sets that never change.
 """
 
 from .compact import CompactModel, compact

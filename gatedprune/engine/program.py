@@ -104,14 +104,15 @@ class Programs:
 
     def make(self, key: tuple, graph: fx.GraphModule, args: tuple, name: str) -> Any:
         """Compute the graph, and record it unless that was tried before. The oldest of many programs is forgotten."""
-        with self._lock:
-            if key in self._known or any(_hooks(graph)):
-                return graph(*args)
-            program, result = record(graph, args, name)
-            while len(self._known) >= _KEPT:
-                self._known.pop(next(iter(self._known)), None)
-            self._known[key] = program
-        return result
+        if key not in self._known and not any(_hooks(graph)):
+            with self._lock:
+                if key not in self._known:
+                    program, result = record(graph, args, name)
+                    while len(self._known) >= _KEPT:
+                        self._known.pop(next(iter(self._known)), None)
+                    self._known[key] = program
+                    return result
+        return graph(*args)  # without the lock: a hook may call the model again
 
     def clear(self) -> None:
         self._known.clear()

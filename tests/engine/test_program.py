@@ -133,6 +133,22 @@ def test_who_looks_sees_the_graph(fast: CompactModel, x: Tensor, called: Callabl
     assert called() == before + 1, "and the program is used again afterwards"
 
 
+def test_a_hook_may_call_the_model(fast: CompactModel, x: Tensor) -> None:
+    fast, found = copy.deepcopy(fast), []
+    fast.prepare(x)
+    layer = next(m for m in fast.modules() if type(m).__name__ == "NarrowConv2d")
+
+    def again(module: nn.Module, *rest: Any) -> None:
+        handle.remove()
+        found.append(fast(x[:1]))
+
+    handle = layer.register_forward_hook(again)
+    thread = threading.Thread(target=lambda: found.append(fast(x)), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive() and [len(y) for y in found] == [1, 2]
+
+
 def test_new_weights_are_seen(fast: CompactModel, x: Tensor) -> None:
     fast = copy.deepcopy(fast)
     before = fast(x)
