@@ -37,7 +37,7 @@ def build_error() -> str | None:
 
 
 def load(required: bool = False) -> bool:
-    """Load the operators; the first time on a machine this builds them (about 15 seconds).
+    """Load the operators; the first time on a machine this builds them (about half a minute).
 
     Args:
         required: Raise if they cannot be had.
@@ -112,7 +112,7 @@ def _build(cpp_extension: Any, name: str, sources: list[Path], flags: list[str],
     if shutil.which(compiler) is None:
         raise RuntimeError(f"there is no C++ compiler ({compiler}). Install g++ or clang++, or set CXX.")
     cpp_extension.verify_ninja_availability()
-    logging.getLogger("gatedprune").warning("Building the native engine in %s: once, about 15 seconds.", directory)
+    logging.getLogger("gatedprune").warning("Building the native engine in %s: once, about half a minute.", directory)
     try:
         cpp_extension.load(name, [str(s) for s in sources], extra_cflags=flags, extra_ldflags=_link_flags(flags),
                            is_python_module=False)  # fmt: skip
