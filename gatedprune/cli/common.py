@@ -52,10 +52,10 @@ __all__ = [
 # Why some options are refused.
 NO_GATES = "for a model without gates. The gates of a saved model stay; give --ratio"
 
+# Written by `finetune` beside weights for which gatedprune.load() alone could not build a model. Not imported from
+# there: that needs the extra `train`.
+_FINETUNED = "finetuned.json"
 Gating = Callable[[nn.Module, "torch.Tensor | None"], nn.Module]  # (model, example images) → gated model in eval mode
-
-
-_FINETUNED = "finetuned.json"  # beside the weights, where gatedprune.load() alone could not build the model
 
 
 @dataclass(frozen=True)

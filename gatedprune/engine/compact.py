@@ -141,7 +141,7 @@ class CompactModel(nn.Module):
     def _compute(self, args: tuple[Any, ...], key: tuple | None) -> Any:
         """Run the graph of these shapes, and record it, so that the next such call need not come here."""
         graph = self.prepare(*args)
-        if key is not None and self.backend == "native":
+        if key is not None and self._native():
             return self._programs.make(key, graph, args, self._last)
         return graph(*args)
 

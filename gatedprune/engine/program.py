@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -37,6 +37,14 @@ _SHAPES = {
     "numel",
     "dim",
     "is_contiguous",
+}
+# Which method of the native program takes a value of a type that means one thing only.
+_CONSTANTS: dict[type, str] = {
+    str: "text",
+    torch.dtype: "dtype",
+    torch.layout: "layout",
+    torch.memory_format: "memory_format",
+    torch.device: "device",
 }
 
 
@@ -156,7 +164,9 @@ def record(graph: fx.GraphModule, args: Sequence[Any], name: str = "") -> tuple[
 
 
 def _hooks(graph: fx.GraphModule) -> list[Any]:
-    return [hooks for m in graph.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    """Where hooks on the graph's modules lie, those of any module included: the dictionaries, which change later."""
+    anywhere = [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
+    return anywhere + [hooks for m in graph.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
 @contextlib.contextmanager
@@ -262,16 +272,8 @@ class _Recorder(TorchDispatchMode):
             native.tensor(at)
         elif isinstance(value, list | tuple):
             self._list(kind, value)
-        elif isinstance(value, torch.dtype):
-            native.dtype(value)
-        elif isinstance(value, torch.layout):
-            native.layout(value)
-        elif isinstance(value, torch.memory_format):
-            native.memory_format(value)
-        elif isinstance(value, torch.device):
-            native.device(value)
-        elif isinstance(value, str):
-            native.text(value)
+        elif type(value) in _CONSTANTS:
+            getattr(native, _CONSTANTS[type(value)])(value)
         elif not isinstance(value, bool | int | float):
             raise _Unrecordable(f"an argument is a {type(value).__name__}")
         elif "Tensor" in kind:

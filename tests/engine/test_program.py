@@ -101,6 +101,14 @@ def _hooked(fast: CompactModel, x: Tensor) -> Any:
     assert heard
 
 
+def _hooked_anywhere(fast: CompactModel, x: Tensor) -> Any:
+    heard: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *rest: heard.append(type(module).__name__))
+    fast(x)
+    handle.remove()
+    assert "NarrowConv2d" in heard
+
+
 def _counted(fast: CompactModel, x: Tensor) -> Any:
     with FlopCounterMode(display=False) as counter:
         fast(x)
@@ -116,13 +124,14 @@ def _autocast(fast: CompactModel, x: Tensor) -> Any:
     "look",
     [
         _hooked,
+        _hooked_anywhere,
         _counted,
         _autocast,
         lambda fast, x: fast(x.to(memory_format=torch.channels_last)),
         lambda fast, x: fast(x.transpose(2, 3)),
         lambda fast, x: fast(nn.Parameter(x)),
     ],
-    ids=["hook", "flop counter", "autocast", "channels last", "strided", "subclass"],
+    ids=["hook", "hook on any module", "flop counter", "autocast", "channels last", "strided", "subclass"],
 )
 def test_who_looks_sees_the_graph(fast: CompactModel, x: Tensor, called: Callable[[], int], look: Any) -> None:
     fast(x)
