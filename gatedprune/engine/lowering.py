@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..functional import scale_channels
 from ..gates import Gate
 from ..sites import Analysis, SiteNodes, norm_options, operators
-from . import narrow, narrow_norms, selection
+from . import narrow, narrow_norms, selection, winograd
 from .constants import Constants
 from .fusion import fuse
 from .handlers import handler_of, max_pool
@@ -292,7 +292,11 @@ class Lowering:
         if plain and not (self.native and name == "conv2d" and _native_when_plain(weight, options)):
             return self._apply_gain(node, self.module(self.name(node), _plain(name, weight, bias, options), (value,)))
         if name == "conv2d":
-            module: nn.Module = narrow.NarrowConv2d(weight, bias, whole_groups=grouped, native=self.native, **options)
+            size = node.meta["val"].shape[2:]
+            fast = winograd.transform_weight(weight) if self.native and winograd.pays(weight, options, size) else None
+            module: nn.Module = narrow.NarrowConv2d(
+                weight, bias, whole_groups=grouped, native=self.native, winograd=fast, **options
+            )
         else:
             module = narrow.NarrowLinear(weight, bias, native=self.native)
         if in_layout is not None and within is not None and len(within) < in_layout.channels:

@@ -59,6 +59,7 @@ class NarrowConv2d(nn.Module):
         weight: (C_out, C_in/groups, kh, kw), full. bias: (C_out,) or None.
         whole_groups: Active groups are complete and others absent; False: every group has the same active channels.
         native: Use the native backend where it can (float32 on the CPU).
+        winograd: (16, C_out, C_in), what the native backend is to multiply by instead (see `winograd`).
 
     Attributes:
         activation: "" or a key of `ACTIVATIONS`, applied last.
@@ -74,13 +75,15 @@ class NarrowConv2d(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    winograd: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...] | str,
                  dilation: tuple[int, ...], groups: int, whole_groups: bool = True,
-                 native: bool = False) -> None:  # fmt: skip
+                 native: bool = False, winograd: Tensor | None = None) -> None:  # fmt: skip
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+        self.register_buffer("winograd", winograd)
         self.whole_groups = whole_groups and groups != 1
         self.kernel_size = tuple(weight.shape[2:])
         if isinstance(padding, str):
@@ -95,7 +98,7 @@ class NarrowConv2d(nn.Module):
         if self.native and fits(x) and self.weight.dtype is torch.float32:
             rest = (
                 self.stride, self.padding, self.dilation, self.groups, self.whole_groups, self.activation,
-                self.subsample,
+                self.subsample, self.winograd,
             )  # fmt: skip
             if self.inplace and residual is not None:
                 y, s = residual, torch.ops.gatedprune.conv2d_into(

@@ -112,9 +112,9 @@ class Programs:
 
     def make(self, key: tuple, graph: fx.GraphModule, args: tuple, name: str) -> Any:
         """Compute the graph, and record it unless that was tried before. The oldest of many programs is forgotten."""
-        if key not in self._known and not any(_hooks(graph)):
-            with self._lock:
-                if key not in self._known:
+        if key not in self._known:
+            with self._lock:  # hooks are looked at in here, since a recording listens by hooks of its own
+                if key not in self._known and not any(_hooks(graph)):
                     program, result = record(graph, args, name)
                     while len(self._known) >= _KEPT:
                         self._known.pop(next(iter(self._known)), None)

@@ -166,7 +166,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("gatedprune::conv2d")
     def conv2d(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups, whole_groups,
-               activation, mean):  # fmt: skip
+               activation, mean, winograd=None):  # fmt: skip
         rows = weight.shape[0] if out_index is None else out_index.shape[1]
         size = [
             (x.shape[d + 2] + 2 * padding[d] - dilation[d] * (weight.shape[d + 2] - 1) - 1) // stride[d] + 1
@@ -176,7 +176,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("gatedprune::conv2d_into")
     def conv2d_into(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups,
-                    whole_groups, activation, mean):  # fmt: skip
+                    whole_groups, activation, mean, winograd=None):  # fmt: skip
         return x.new_empty(residual.shape[:2] if mean else (0,))
 
     @torch.library.register_fake("gatedprune::max_pool2d")

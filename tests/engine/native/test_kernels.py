@@ -15,6 +15,7 @@ from torch import Tensor
 from gatedprune.engine import native
 from gatedprune.engine.narrow import ACTIVATIONS
 from gatedprune.engine.selection import ChannelGain, ChannelIndex
+from gatedprune.engine.winograd import transform_weight
 from gatedprune.errors import BackendError
 from gatedprune.functional import indexed_conv2d, subsample
 from gatedprune.gates import Gate
@@ -55,16 +56,19 @@ def subsets(samples: int, channels: int, count: int, generator: torch.Generator)
 
 
 @st.composite
-def convolutions(draw: st.DrawFn) -> dict:
+def convolutions(draw: st.DrawFn, winograd: bool = False) -> dict:
     kernel = draw(st.sampled_from([(1, 1), (1, 1), (3, 3), (5, 5), (1, 7), (3, 1), (2, 2), (4, 3)]))
     dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    if winograd:
+        kernel, dilation, stride = (3, 3), (1, 1), (1, 1)
     room = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     return {
         "seed": draw(st.integers(0, 10_000)), "batch": draw(st.integers(1, 3)), "threads": draw(st.integers(1, 2)),
         "channels": draw(st.tuples(st.integers(1, 80), st.integers(1, 80))),
         "ratio": draw(st.tuples(st.floats(0, 1), st.floats(0, 1))),
         "given": draw(st.tuples(*[st.booleans()] * 5)),
-        "kernel": kernel, "dilation": dilation, "stride": draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        "kernel": kernel, "dilation": dilation, "stride": stride, "winograd": winograd,
         "padding": draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
         "size": (draw(st.integers(room[0], 40)), draw(st.integers(room[1], 70))),
         "activation": draw(st.sampled_from(["", *ACTIVATIONS])),
@@ -75,6 +79,16 @@ def convolutions(draw: st.DrawFn) -> dict:
 @given(convolutions())
 @FUZZ
 def test_convolution(case: dict) -> None:
+    check_convolution(case)
+
+
+@given(convolutions(winograd=True))
+@FUZZ
+def test_winograd(case: dict) -> None:
+    check_convolution(case)
+
+
+def check_convolution(case: dict) -> None:
     g = torch.Generator().manual_seed(case["seed"])
     batch, (cin, cout) = case["batch"], case["channels"]
     some_in, some_out, with_bias, with_gain, with_residual = case["given"]
@@ -103,7 +117,7 @@ def test_convolution(case: dict) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
     try:
-        rest = (*options, 1, True, case["activation"], True)
+        rest = (*options, 1, True, case["activation"], True, transform_weight(weight) if case["winograd"] else None)
         found, mean = ops.conv2d(x, weight, bias, in_index, out_index, gain, residual, *rest)
         torch.testing.assert_close(found.double(), want, **CLOSE)
         torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
@@ -117,8 +131,9 @@ def test_convolution(case: dict) -> None:
 
 @pytest.mark.parametrize("size", [(56, 56), (7, 7), (1, 1), (15, 20), (3, 200)])
 @pytest.mark.parametrize("channels", [(300, 513), (513, 12), (1, 1)])
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_convolution_over_several_blocks(size: tuple[int, int], channels: tuple[int, int], kernel: int) -> None:
+@pytest.mark.parametrize(("kernel", "winograd"), [(1, False), (3, False), (3, True)])
+def test_convolution_over_several_blocks(size: tuple[int, int], channels: tuple[int, int], kernel: int,
+                                         winograd: bool) -> None:  # fmt: skip
     """More input channels than a block holds, more weights than a cache: groups of panels, blocks that add up."""
     g = torch.Generator().manual_seed(0)
     cin, cout = channels
@@ -128,7 +143,8 @@ def test_convolution_over_several_blocks(size: tuple[int, int], channels: tuple[
     index = subsets(2, cin, kin, g), subsets(2, cout, kout, g)
     options = ((1, 1), (kernel // 2,) * 2, (1, 1))
     want = indexed_conv2d(x.double(), weight.double(), None, *index, None, *options)
-    found, mean = ops.conv2d(x, weight, None, *index, None, None, *options, 1, True, "", True)
+    fast = transform_weight(weight) if winograd else None
+    found, mean = ops.conv2d(x, weight, None, *index, None, None, *options, 1, True, "", True, fast)
     torch.testing.assert_close(found.double(), want, **CLOSE)
     torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
 
@@ -405,24 +421,28 @@ def test_indices_out_of_range_are_refused(index: Tensor, message: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"x": torch.zeros(1, 5, 6, 6)}, {"bias": torch.zeros(2)}, {"gain": torch.zeros(2, 2)}, {"kernel": 9},
-     {"residual": torch.zeros(1, 2, 3, 3)}, {"x": torch.zeros(1, 2, 6, 6).double()}],
+     {"residual": torch.zeros(1, 2, 3, 3)}, {"x": torch.zeros(1, 2, 6, 6).double()},
+     {"winograd": torch.zeros(16, 4, 2)}, {"winograd": torch.zeros(16, 4, 3), "kernel": 1}],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_are_refused(change: dict) -> None:
     size = change.get("kernel", 3)
     with pytest.raises(RuntimeError):
         ops.conv2d(change.get("x", torch.zeros(1, 2, 6, 6)), torch.zeros(4, 3, size, size), change.get("bias"),
                    torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), change.get("gain"), change.get("residual"),
-                   [1, 1], [1, 1], [1, 1], 1, True, "", False)  # fmt: skip
+                   [1, 1], [1, 1], [1, 1], 1, True, "", False, change.get("winograd"))  # fmt: skip
 
 
-def test_several_python_threads_at_once() -> None:
+@pytest.mark.parametrize("winograd", [False, True])
+def test_several_python_threads_at_once(winograd: bool) -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 64, 3, 3, generator=g)
+    fast = transform_weight(weight) if winograd else None
     jobs = [(torch.randn(1, 32, 20, 20, generator=g), subsets(1, 64, 32, g), subsets(1, 96, 48, g)) for _ in range(8)]
 
     def run(job: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         x, i, o = job
-        y: Tensor = ops.conv2d(x, weight, None, i, o, None, None, [1, 1], [1, 1], [1, 1], 1, True, "", False)[0]
+        rest = ([1, 1], [1, 1], [1, 1], 1, True, "", False, fast)
+        y: Tensor = ops.conv2d(x, weight, None, i, o, None, None, *rest)[0]
         return y
 
     alone, wrong = [run(job) for job in jobs], []
@@ -446,8 +466,8 @@ def test_operators_are_well_registered() -> None:
     x, weight, i, o = torch.randn(2, 3, 8, 8), torch.randn(6, 5, 3, 3), subsets(2, 5, 3, g), subsets(2, 6, 4, g)
     checks = ["test_schema", "test_faketensor"]
     residual = torch.randn(2, 4, 8, 8)
-    for mean in (True, False):
-        rest = ([1, 1], [1, 1], [1, 1], 1, True, "relu", mean)
+    for mean, fast in ((True, None), (False, transform_weight(weight))):
+        rest = ([1, 1], [1, 1], [1, 1], 1, True, "relu", mean, fast)
         torch.library.opcheck(ops.conv2d.default, (x, weight, None, i, o, None, None, *rest), test_utils=checks)
         torch.library.opcheck(
             ops.conv2d_into.default, (x, weight, None, i, o, None, residual, *rest), test_utils=checks

@@ -25,7 +25,7 @@ namespace GP_NS {
 constexpr int L = GP_LANES;
 constexpr int64_t K_BLOCK = 256;
 // A group of panels shares each weight while it is in the cache, and reads and writes longer runs of pixels.
-constexpr int64_t MAX_GROUP = 6;
+constexpr int64_t MAX_GROUP = 16;
 
 typedef float V __attribute__((vector_size(GP_LANES * 4)));
 typedef float VU __attribute__((vector_size(GP_LANES * 4), aligned(4), may_alias));
@@ -62,7 +62,34 @@ GP_INLINE V load_part(const float* p, int64_t n) {
 }
 GP_INLINE void store_part(float* p, V v, int64_t n) { std::memcpy(p, &v, n * sizeof(float)); }
 GP_INLINE V keep_part(V v, int64_t n) { return load_part(reinterpret_cast<const float*>(&v), n); }
+// Lanes [from, to), which need not be any; p is where the first lane of the vector would lie.
+struct Span {
+  int64_t from, to;
+};
+GP_INLINE Span span(int64_t from, int64_t to) { return {from, std::max(from, to)}; }
+GP_INLINE void copy_span(float* to, const float* from, Span s) {
+  std::memcpy(to + s.from, from + s.from, (s.to - s.from) * sizeof(float));
+}
+GP_INLINE V load_span(V x, const float* p, Span s) {
+  copy_span(reinterpret_cast<float*>(&x), p, s);
+  return x;
+}
+GP_INLINE void store_span(float* p, V v, Span s) { copy_span(p, reinterpret_cast<const float*>(&v), s); }
+GP_INLINE V keep_span(V v, Span s) { return load_span(V{}, reinterpret_cast<const float*>(&v), s); }
 #endif
+
+// Lane i is lane 2i of a and b, one after the other.
+GP_INLINE V even_lanes(V a, V b) {
+#if defined(__clang__)
+  V y;
+  for (int i = 0; i < L; i++) y[i] = i < L / 2 ? a[2 * i] : b[2 * i - L];
+  return y;
+#else
+  M from;
+  for (int i = 0; i < L; i++) from[i] = 2 * i;
+  return __builtin_shuffle(a, b, from);
+#endif
+}
 
 // Blocks of 4 × 4 for turning tokens into columns and back.
 typedef float Q __attribute__((vector_size(16)));
@@ -159,36 +186,46 @@ GP_INLINE V activate(V v, Activation a) {
 }
 
 // Where a tile's rows go once their sums are complete: row r of the layer, pixels from n0, and |y| to `sums` if not null.
+// `unpacked`: where the panel's pixels come from, for the tile that packs them.
 struct Goal {
   const Layer* layer;
   int64_t r, n0;
   float* sums;
+  const float* unpacked;
 };
 
-// a[r][v] += w[r][q] * x[v].
-template <int R, int NV>
-GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)[NV]) {
+// a[r][v] += w[r][q] * x[v]; PACK: the panel is filled with x from where the pixels lie.
+template <int R, int NV, bool PACK>
+GP_INLINE void step(const float* const* w, int64_t q, float* panel, const float* from, V (*a)[NV]) {
   V x[NV];
-  GP_UNROLL for (int v = 0; v < NV; v++) x[v] = *(const V*)(panel + v * L);
+  GP_UNROLL for (int v = 0; v < NV; v++) {
+    x[v] = PACK ? load(from + v * L) : *(const V*)(panel + v * L);
+    if (PACK) *(V*)(panel + v * L) = x[v];
+  }
   GP_UNROLL for (int r = 0; r < R; r++) {
     const V s = splat(w[r][q]);
     GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] += s * x[v];
   }
 }
 
-// acc[r][v] (+)= sum over k of weight[r][column k] * panel[k][v]. FINISH: these are the last k, and what follows the sums
+// acc[r][v] (+)= sum over k of weight[r][column k] * panel[k][v], from start[r] or 0 on. FINISH: these are the last k, and what follows the sums
 // is done while they are in registers; for activations that are bounds.
 //
 // Weights come from memory, in runs too short for the hardware to foresee: meanwhile the rows `ahead` are fetched, which
-// the next tile will read at `ahead_columns`.
-template <int R, int NV, bool FINISH>
-GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int64_t n, const float* panel, float* acc,
-                           bool first, const float* const* ahead, const int32_t* ahead_columns, const Goal& goal) {
+// the next tile will read at `ahead_columns`. PACK: the same for pixels, some planes ahead.
+template <int R, int NV, bool FINISH, bool PACK = false>
+GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int64_t n, float* panel, float* acc,
+                           const float* start, bool first, const float* const* ahead, const int32_t* ahead_columns,
+                           const Goal& goal) {
+  constexpr int64_t PLANES_AHEAD = 8;
+  const float* from = goal.unpacked;
+  const int64_t plane = PACK ? goal.layer->plane : 0;
   V a[R][NV];
   const float* w[R];
   GP_UNROLL for (int r = 0; r < R; r++) {
     w[r] = rows[r];
-    GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = first ? V{} : *(const V*)(acc + (r * NV + v) * L);
+    const V s = splat(first && start ? start[r] : 0.f);
+    GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = first ? s : *(const V*)(acc + (r * NV + v) * L);
   }
   int64_t k = 0;
   for (; k + 4 <= n; k += 4, panel += 4 * NV * L) {
@@ -196,29 +233,32 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
       const int64_t next = ahead_columns[k];
       GP_UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + next);
     }
-    GP_UNROLL for (int i = 0; i < 4; i++) step<R, NV>(w, columns[k + i], panel + i * NV * L, a);
+    if (PACK)
+      GP_UNROLL for (int i = 0; i < 4; i++)
+        GP_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(from + (i + PLANES_AHEAD) * plane + v * L);
+    GP_UNROLL for (int i = 0; i < 4; i++)
+      step<R, NV, PACK>(w, columns[k + i], panel + i * NV * L, from + i * plane, a);
+    from += 4 * plane;
   }
-  for (; k < n; k++, panel += NV * L) step<R, NV>(w, columns[k], panel, a);
+  for (; k < n; k++, panel += NV * L, from += plane) step<R, NV, PACK>(w, columns[k], panel, from, a);
   if (!FINISH) {
     GP_UNROLL for (int r = 0; r < R; r++)
       GP_UNROLL for (int v = 0; v < NV; v++) *(V*)(acc + (r * NV + v) * L) = a[r][v];
     return;
   }
   const Layer& l = *goal.layer;
-  const float infinity = __builtin_inff();
-  const V low = splat(l.activation == Activation::none ? -infinity : 0.f);
-  const V high = splat(l.activation == Activation::relu6 ? 6.f : infinity);
   const int64_t live = std::min<int64_t>(L, l.pixels - goal.n0 - (NV - 1) * L);  // of the last vector
   GP_UNROLL for (int r = 0; r < R; r++) {
-    const int64_t row = goal.r + r, o = l.out ? l.out[row] : l.first_row + row, at = row * l.ldy + goal.n0;
-    const V bias = splat(l.bias ? l.bias[o] : 0.f), gain = splat(l.gain ? l.gain[row] : 1.f);
+    const int64_t row = goal.r + r, at = row * l.ldy + goal.n0;
+    const V gain = splat(l.gain ? l.gain[row] : 1.f);
     V total = goal.sums ? *(const V*)(goal.sums + r * L) : V{};
     GP_UNROLL for (int v = 0; v < NV; v++) {
       const bool whole = v + 1 < NV || live == L;
-      V x = (a[r][v] + bias) * gain;
+      V x = a[r][v];
+      if (l.gain) x *= gain;
       if (l.residual) x += whole ? load(l.residual + at + v * L) : load_part(l.residual + at + v * L, live);
-      x = x < low ? low : x;  // NaN stays NaN
-      x = x > high ? high : x;
+      if (l.activation != Activation::none) x = x < V{} ? V{} : x;  // NaN stays NaN
+      if (l.activation == Activation::relu6) x = x > splat(6.f) ? splat(6.f) : x;
       if (whole)
         store(l.y + at + v * L, x);
       else
@@ -229,8 +269,8 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
   }
 }
 
-typedef void (*Tile)(const float* const*, const int32_t*, int64_t, const float*, float*, bool, const float* const*,
-                     const int32_t*, const Goal&);
+typedef void (*Tile)(const float* const*, const int32_t*, int64_t, float*, float*, const float*, bool,
+                     const float* const*, const int32_t*, const Goal&);
 
 template <bool FINISH, int NV, int R>
 struct Tiles {
@@ -248,17 +288,22 @@ constexpr int TILE_ROWS[5] = {0, GP_TILE_1, GP_TILE_2, GP_TILE_3, GP_TILE_4};
 
 struct TileTable {
   Tile of[2][5][17];  // finishing or not, vectors, rows
+  Tile packing[2][5];  // the highest ones
   TileTable() {
-    fill<false>(of[0]);
-    fill<true>(of[1]);
+    fill<false>(of[0], packing[0]);
+    fill<true>(of[1], packing[1]);
   }
   template <bool FINISH>
-  static void fill(Tile (*to)[17]) {
+  static void fill(Tile (*to)[17], Tile* packing) {
     Tiles<FINISH, 1, GP_TILE_1>::fill(to[1]);
     Tiles<FINISH, 2, GP_TILE_2>::fill(to[2]);
+    packing[1] = &tile<GP_TILE_1, 1, FINISH, true>;
+    packing[2] = &tile<GP_TILE_2, 2, FINISH, true>;
 #if GP_MAX_NV > 2
     Tiles<FINISH, 3, GP_TILE_3>::fill(to[3]);
     Tiles<FINISH, 4, GP_TILE_4>::fill(to[4]);
+    packing[3] = &tile<GP_TILE_3, 3, FINISH, true>;
+    packing[4] = &tile<GP_TILE_4, 4, FINISH, true>;
 #endif
   }
 };
@@ -339,17 +384,16 @@ GP_INLINE void pack(const Layer& l, const Gather& g, int64_t n0, int nv, int64_t
   }
 }
 
-// Bias, gain, residual, activation, in that order; then the store, and the sum of |y| added to `sum` (L floats).
+// Gain, residual, activation, in that order, of sums that began with the bias; then the store, and the sum of |y| added to `sum` (L floats).
 GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, int nv, float* sum) {
-  const int64_t o = l.out ? l.out[r] : l.first_row + r;
-  const V bias = splat(l.bias ? l.bias[o] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
+  const V gain = splat(l.gain ? l.gain[r] : 1.f);
   const int64_t columns = std::min<int64_t>(nv * L, l.pixels - n0);
   float* y = l.y + r * l.ldy + n0;
   const float* residual = l.residual ? l.residual + r * l.ldy + n0 : nullptr;
   V total = sum ? *(const V*)sum : V{};
   for (int v = 0; v < nv; v++) {
     const int64_t live = columns - v * L;
-    V x = (*(const V*)(acc + v * L) + bias) * gain;
+    V x = *(const V*)(acc + v * L) * gain;
     if (live >= L) {
       if (residual) x += load(residual + v * L);
       x = activate(x, l.activation);
@@ -369,11 +413,10 @@ GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, i
 GP_INLINE void finish_tokens(const Layer& l, float* acc, int64_t r0, int64_t r1, int64_t n0, int nv) {
   const int64_t width = nv * L, columns = std::min<int64_t>(width, l.pixels - n0);
   for (int64_t r = r0; r < r1; r++) {
-    const int64_t o = l.out ? l.out[r] : l.first_row + r;
-    const V bias = splat(l.bias ? l.bias[o] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
+    const V gain = splat(l.gain ? l.gain[r] : 1.f);
     float* a = acc + (r - r0) * width;
     for (int v = 0; v < nv; v++) {
-      V y = (*(const V*)(a + v * L) + bias) * gain;
+      V y = *(const V*)(a + v * L) * gain;
       if (l.residual)
         for (int64_t i = 0; i < std::min<int64_t>(L, columns - v * L); i++)
           y[i] += l.residual[(n0 + v * L + i) * l.ldy + r];
@@ -383,22 +426,24 @@ GP_INLINE void finish_tokens(const Layer& l, float* acc, int64_t r0, int64_t r1,
   transpose(acc, r1 - r0, columns, width, l.y + n0 * l.ldy + r0, l.ldy);
 }
 
-// More where weights do not stay in the second-level cache.
-static int64_t group_size(int64_t weight_bytes) { return weight_bytes > (512 << 10) ? MAX_GROUP : 4; }
+// More where weights do not stay in the second-level cache, and where so little is computed that reading and writing
+// pixels is what takes time.
+static int64_t group_size(int64_t depth, int64_t rows, int64_t weight_bytes) {
+  return depth <= 64 && rows <= 512 ? MAX_GROUP : weight_bytes > (512 << 10) ? 6 : 4;
+}
 
-static int64_t scratch(int64_t rows, int64_t weight_bytes) {
-  const int64_t width = GP_MAX_NV * L, group = group_size(weight_bytes);
+static int64_t scratch(int64_t depth, int64_t rows, int64_t weight_bytes) {
+  const int64_t width = GP_MAX_NV * L, group = group_size(depth, rows, weight_bytes);
   return group * width * (K_BLOCK + rows + 16) + rows * L + 64;
 }
 
-GP_INLINE const float* row_of(const Layer& l, int64_t r) {
-  return l.weight + (l.out ? l.out[r] : l.first_row + r) * l.ldw;
-}
+GP_INLINE int64_t row_number(const Layer& l, int64_t r) { return l.out ? l.out[r] : l.first_row + r; }
+GP_INLINE const float* row_of(const Layer& l, int64_t r) { return l.weight + row_number(l, r) * l.ldw; }
 
 GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* memory, float* sums) {
   static const TileTable tiles;
   const int64_t depth = l.channels * l.taps, rows = r1 - r0;
-  const int64_t most = group_size(4 * l.rows * l.ldw);
+  const int64_t most = group_size(depth, l.rows, 4 * l.rows * l.ldw);
   const bool bounds = !l.tokens_out && l.activation <= Activation::relu6;
   float* packed = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
   float* totals = packed;  // of |y|, a vector for each row
@@ -418,16 +463,23 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
       for (int64_t p = 0; p < group; p++) plan(l, (v + p * nv) * L, nv, gather[p]);
     for (int64_t k0 = 0; k0 < depth || k0 == 0; k0 += K_BLOCK) {
       const int64_t k1 = std::min(depth, k0 + K_BLOCK);
-      for (int64_t p = 0; p < group; p++) pack(l, gather[p], (v + p * nv) * L, nv, k0, k1, packed + p * block);
       const int tall = TILE_ROWS[nv];
+      // Whole panels of pixels that lie side by side are packed by the first tile that reads them.
+      auto by_tile = [&](int64_t p) {
+        return l.source == Source::contiguous && rows >= tall && (v + (p + 1) * nv) * L <= l.pixels;
+      };
+      for (int64_t p = 0; p < group; p++)
+        if (!by_tile(p)) pack(l, gather[p], (v + p * nv) * L, nv, k0, k1, packed + p * block);
       for (int64_t r = r0; r < r1;) {
         const int height = int(std::min<int64_t>(tall, r1 - r));
         const float *row[16], *ahead[16];
+        float start[16];
         // The next rows; after the last ones the first ones again, further right.
         const bool wrap = r + height >= r1, more = !wrap || k1 + (k1 - k0) <= depth;
         const int64_t from = wrap ? r0 : r + height;
         for (int i = 0; i < height; i++) {
           row[i] = row_of(l, r + i);
+          start[i] = l.bias ? l.bias[row_number(l, r + i)] : 0.f;
           ahead[i] = row_of(l, std::min(from + i, r1 - 1));
         }
         for (int64_t p = 0; p < group; p++) {
@@ -435,9 +487,11 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
           const bool last = k1 == depth;
           float* sum = sums ? totals + (r - r0) * L : nullptr;
           const int64_t n0 = (v + p * nv) * L;
-          tiles.of[bounds && last][nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0,
-                                               p == 0 && more ? ahead : nullptr, l.columns + (wrap ? k1 : k0),
-                                               Goal{&l, r, n0, sum});
+          const bool packing = r == r0 && by_tile(p);
+          const Tile compute = packing ? tiles.packing[bounds && last][nv] : tiles.of[bounds && last][nv][height];
+          compute(row, l.columns + k0, k1 - k0, packed + p * block, a, start, k0 == 0,
+                  p == 0 && more ? ahead : nullptr, l.columns + (wrap ? k1 : k0),
+                  Goal{&l, r, n0, sum, packing ? l.x + k0 * l.plane + n0 : nullptr});
           if (last && !bounds && !l.tokens_out)
             for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, n0, nv, sum ? sum + i * L : nullptr);
         }
@@ -575,6 +629,41 @@ GP_TARGET static void matvec(const float* w, int64_t rows, int64_t n, const floa
   for (; r < rows; r++) dots<1>(w + r * n, n, x, bias ? bias + r : nullptr, y + r);
 }
 
+// y[i] = x[i * stride] for i < n.
+GP_INLINE void every(const float* x, int64_t stride, int64_t n, float* y) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + L <= n; i += L) store(y + i, load(x + i));
+    if (i < n) store_part(y + i, load_part(x + i, n - i), n - i);
+  } else if (stride == 2) {
+    for (; i + L < n; i += L) store(y + i, even_lanes(load(x + 2 * i), load(x + 2 * i + L)));
+    if (i < n) {
+      const int64_t rest = 2 * (n - i) - 1;  // what lies beyond the last one may not be there
+      const V a = load_part(x + 2 * i, std::min<int64_t>(L, rest));
+      const V b = rest > L ? load_part(x + 2 * i + L, rest - L) : V{};
+      store_part(y + i, even_lanes(a, b), n - i);
+    }
+  } else {
+    for (; i < n; i++) y[i] = x[i * stride];
+  }
+}
+
+GP_TARGET static void pad(const Padding& p, const float* x, float* y) {
+  for (int64_t r = 0; r < p.rows; r++) {
+    const int64_t h = r * p.step - p.top;
+    if (h < 0 || h >= p.height) {
+      for (int64_t i = 0; i < p.phases * p.columns; i++) *y++ = p.fill;
+      continue;
+    }
+    for (int64_t f = 0; f < p.phases; f++, y += p.columns) {
+      const Phase& q = p.phase[f];
+      for (int64_t i = 0; i < q.left; i++) y[i] = p.fill;
+      every(x + h * p.width + q.first, p.stride, q.n, y + q.left);
+      for (int64_t i = q.left + q.n; i < p.columns; i++) y[i] = p.fill;
+    }
+  }
+}
+
 GP_TARGET static float abs_sum(const float* x, int64_t n) {
   V a[4] = {};
   int64_t i = 0;
@@ -585,6 +674,8 @@ GP_TARGET static float abs_sum(const float* x, int64_t n) {
   for (; i < n; i++) rest += std::fabs(x[i]);
   return hsum((a[0] + a[1]) + (a[2] + a[3])) + rest;
 }
+
+#include "winograd.inl"
 
 }  // namespace GP_NS
 }  // namespace gatedprune

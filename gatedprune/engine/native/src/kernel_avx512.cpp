@@ -22,6 +22,11 @@ typedef __mmask16 Lanes;
 GP_PARTIAL Lanes lanes_from(int64_t lane) { return (Lanes)(0xffffu << lane); }
 GP_PARTIAL V load_over(V x, const float* p, Lanes m) { return (V)_mm512_mask_loadu_ps((__m512)x, m, p); }
 GP_PARTIAL V keep_part(V v, int64_t n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
+typedef __mmask16 Span;
+GP_PARTIAL Span span(int64_t from, int64_t to) { return to > from ? (Span)((1u << to) - (1u << from)) : (Span)0; }
+GP_PARTIAL V load_span(V x, const float* p, Span s) { return (V)_mm512_mask_loadu_ps((__m512)x, s, p); }
+GP_PARTIAL void store_span(float* p, V v, Span s) { _mm512_mask_storeu_ps(p, s, (__m512)v); }
+GP_PARTIAL V keep_span(V v, Span s) { return (V)_mm512_maskz_mov_ps(s, (__m512)v); }
 }  // namespace avx512
 }  // namespace gatedprune
 #include "kernel.inl"
@@ -29,7 +34,8 @@ GP_PARTIAL V keep_part(V v, int64_t n) { return (V)_mm512_maskz_mov_ps(first(n),
 namespace gatedprune {
 const Kernels* kernels_avx512() {
   static const Kernels all{"avx512", avx512::L, &avx512::scratch, &avx512::layer, &avx512::depthwise, &avx512::abs_sum,
-                           &avx512::affine, &avx512::matvec, &avx512::abs_sum_tokens};
+                           &avx512::affine, &avx512::matvec, &avx512::abs_sum_tokens, &avx512::pad,
+                           &avx512::winograd_scratch, &avx512::winograd};
   return &all;
 }
 }  // namespace gatedprune

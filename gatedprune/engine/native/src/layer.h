@@ -52,12 +52,34 @@ struct Depthwise {
   float* y;
 };
 
+// How a channel's plane, (height, width), is copied with its padding, so that a kernel needs no edges: `rows`, every
+// `step`th from `top` above the plane on, each of `phases` × `columns`. Columns are sorted by their remainder modulo the
+// stride, so that a tap's columns are contiguous.
+struct Phase {
+  int64_t first, n, left;  // the first column of the plane in it, how many, and how many of the padding before them
+};
+struct Padding {
+  int64_t height, width, rows, step, top, phases, columns, stride;
+  const Phase* phase;
+  float fill;
+};
+
+// A 3×3 convolution of stride 1 by F(2×2, 3×3). `layer` describes its tiles as the pixels of a convolution with 4×4 taps
+// and stride 2: source, x, plane, tap_offset, row_pitch, and `width` and `pixels` counted in tiles; channels, rows,
+// columns and what follows the sums as there. Row o of the transformed weights of position p (of 16) lies at
+// weight + p * position + o * ldw.
+struct Winograd {
+  Layer layer;
+  int64_t position;
+  int64_t out_height, out_width;
+};
+
 // Kernels of one instruction set.
 struct Kernels {
   const char* name;
   int64_t lanes;
-  // Floats of scratch memory that `layer` needs for that many rows.
-  int64_t (*scratch)(int64_t rows, int64_t weight_bytes);
+  // Floats of scratch memory that `layer` needs for sums over `depth` and that many rows.
+  int64_t (*scratch)(int64_t depth, int64_t rows, int64_t weight_bytes);
   // Computes vectors [v0, v1) of `lanes` pixels and rows [r0, r1); adds each row's sum of |y| to sums if not null.
   void (*layer)(const Layer&, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* scratch, float* sums);
   void (*depthwise)(const Depthwise&, float* sum);
@@ -67,6 +89,10 @@ struct Kernels {
   // y = w x + bias: w (rows, n), row by row; bias may be null.
   void (*matvec)(const float* w, int64_t rows, int64_t n, const float* x, const float* bias, float* y);
   void (*abs_sum_tokens)(const float* x, int64_t tokens, int64_t channels, float* sums);
+  void (*pad)(const Padding&, const float* x, float* y);
+  int64_t (*winograd_scratch)(int64_t rows, int64_t weight_bytes);
+  // Computes rows [h0, h1) of tiles and rows [r0, r1).
+  void (*winograd)(const Winograd&, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* scratch, float* sums);
 };
 
 const Kernels* kernels_generic();

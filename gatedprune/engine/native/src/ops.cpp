@@ -106,85 +106,69 @@ void for_all(int64_t tasks, double flops, const F& run) {
   });
 }
 
-// A copy of each channel with its padding, so that a kernel needs no edges. Columns are sorted by their remainder
-// modulo the stride: a tap's columns are then contiguous.
+// How the planes of x are padded for a kernel, and where its taps then lie.
 struct Padded {
-  Tensor memory;
-  int64_t plane = 0, row_pitch = 0;
+  Padding how;
+  std::vector<Phase> phase;
   std::vector<int64_t> tap_offset;
-};
+  int64_t plane = 0, row_pitch = 0;
+  static constexpr int64_t slack = 64;  // what vectors may read beyond the last plane
 
-Padded padded_copy(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                   at::IntArrayRef dilation, int64_t height, int64_t width, float fill = 0.f) {
-  const int64_t H = x.size(2), W = x.size(3), sh = stride[0], sw = stride[1];
-  const int64_t reach = (kernel[1] - 1) * dilation[1] + 1, phases = std::min(sw, reach);
-  const int64_t columns = ((width - 1) * sw + reach + sw - 1) / sw, pitch = phases * columns;
-  const bool all_rows = kernel[0] > 1;
-  const int64_t step = all_rows ? 1 : sh;
-  const int64_t rows = all_rows ? (height - 1) * sh + (kernel[0] - 1) * dilation[0] + 1 : height;
-  Padded p;
-  p.plane = rows * pitch;
-  p.row_pitch = (all_rows ? sh : 1) * pitch;
-  for (int64_t i = 0; i < kernel[0]; i++)
-    for (int64_t j = 0; j < kernel[1]; j++) {
-      const int64_t c = j * dilation[1];
-      p.tap_offset.push_back(i * dilation[0] * pitch + (c % sw) * columns + c / sw);
-    }
-  const int64_t planes = x.size(0) * x.size(1), slack = 64;
-  p.memory = at::empty({planes * p.plane + slack}, x.options());
-  const float* from = x.const_data_ptr<float>();
-  float* to = p.memory.mutable_data_ptr<float>();
-  std::fill(to + planes * p.plane, to + planes * p.plane + slack, 0.f);
-  const int64_t ph = padding[0], pw = padding[1];
-  at::parallel_for(0, planes, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.plane)), [&](int64_t b, int64_t e) {
-    for (int64_t i = b; i < e; i++)
-      for (int64_t r = 0; r < rows; r++) {
-        float* row = to + i * p.plane + r * pitch;
-        const int64_t h = r * step - ph;
-        if (h < 0 || h >= H) {
-          std::fill(row, row + pitch, fill);
-          continue;
-        }
-        const float* src = from + (i * H + h) * W;
-        if (sw == 1) {
-          const int64_t left = std::min(pw, columns), live = std::max<int64_t>(0, std::min(W, columns - left));
-          std::fill(row, row + left, fill);
-          std::memcpy(row + left, src, live * sizeof(float));
-          std::fill(row + left + live, row + columns, fill);
-        } else {
-          for (int64_t f = 0; f < phases; f++) {
-            float* part = row + f * columns;
-            const int64_t shift = f - pw;  // column q comes from q * sw + shift
-            const int64_t q0 = std::min(columns, shift >= 0 ? 0 : (-shift + sw - 1) / sw);
-            const int64_t q1 = std::max(q0, std::min(columns, shift >= W ? 0 : (W - shift + sw - 1) / sw));
-            std::fill(part, part + q0, fill);
-            if (sw == 2)
-              for (int64_t q = q0; q < q1; q++) part[q] = src[q * 2 + shift];
-            else
-              for (int64_t q = q0; q < q1; q++) part[q] = src[q * sw + shift];
-            std::fill(part + q1, part + columns, fill);
-          }
-        }
+  Padded(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+         at::IntArrayRef dilation, int64_t height, int64_t width, float fill = 0.f) {
+    const int64_t W = x.size(3), sh = stride[0], sw = stride[1];
+    const int64_t reach = (kernel[1] - 1) * dilation[1] + 1, phases = std::min(sw, reach);
+    const int64_t columns = ((width - 1) * sw + reach + sw - 1) / sw, pitch = phases * columns;
+    const bool all_rows = kernel[0] > 1;
+    const int64_t rows = all_rows ? (height - 1) * sh + (kernel[0] - 1) * dilation[0] + 1 : height;
+    plane = rows * pitch;
+    row_pitch = (all_rows ? sh : 1) * pitch;
+    for (int64_t i = 0; i < kernel[0]; i++)
+      for (int64_t j = 0; j < kernel[1]; j++) {
+        const int64_t c = j * dilation[1];
+        tap_offset.push_back(i * dilation[0] * pitch + (c % sw) * columns + c / sw);
       }
-  });
-  return p;
-}
+    for (int64_t f = 0; f < phases; f++) {
+      const int64_t shift = f - padding[1];  // column q comes from q * sw + shift
+      const int64_t left = std::min(columns, shift >= 0 ? 0 : (-shift + sw - 1) / sw);
+      const int64_t until = std::min(columns, shift >= W ? 0 : (W - shift + sw - 1) / sw);
+      phase.push_back({left * sw + shift, std::max<int64_t>(0, until - left), left});
+    }
+    how = {x.size(2), W, rows, all_rows ? 1 : sh, padding[0], phases, columns, sw, phase.data(), fill};
+  }
+  Padded(const Padded&) = delete;
+
+  Tensor copy(const Tensor& x) const {
+    const int64_t planes = x.size(0) * x.size(1), whole = x.size(2) * x.size(3);
+    Tensor memory = at::empty({planes * plane + slack}, x.options());
+    const float* from = x.const_data_ptr<float>();
+    float* to = memory.mutable_data_ptr<float>();
+    std::fill(to + planes * plane, to + planes * plane + slack, 0.f);
+    const auto pad = kernels().pad;
+    at::parallel_for(0, planes, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, plane)), [&](int64_t b, int64_t e) {
+      for (int64_t i = b; i < e; i++) pad(how, from + i * whole, to + i * plane);
+    });
+    return memory;
+  }
+};
 
 // Convolution over active sets, then bias, gain, residual and activation → y (B, n_out, H', W') and, if `mean`, the mean
 // of |y| over the pixels (B, n_out), which the next gate reads.
+// `winograd`: the weight of a 3×3 convolution as F(2×2, 3×3) multiplies by it, (16, C_out, C_in), which is then used.
 // `inplace`: the result takes the place of the residual.
 std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& bias_,
                                   const optional<Tensor>& in_index_, const optional<Tensor>& out_index_,
                                   const optional<Tensor>& gain_, const optional<Tensor>& residual_,
                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                                  int64_t groups, bool whole_groups, c10::string_view activation, bool mean, bool inplace) {
+                                  int64_t groups, bool whole_groups, c10::string_view activation, bool mean,
+                                  const optional<Tensor>& winograd_, bool inplace) {
   TORCH_CHECK(x_.dim() == 4 && weight_.dim() == 4 && x_.scalar_type() == at::kFloat &&
                   weight_.scalar_type() == at::kFloat,
               "x and weight must be four-dimensional and float32");
   TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding and dilation are pairs");
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
   const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
-             residual = contiguous(residual_);
+             residual = contiguous(residual_), winograd = contiguous(winograd_);
   check_index(in_index, weight.size(1), "in_index");
   check_index(out_index, weight.size(0), "out_index");
   const int64_t B = x.size(0), cg = weight.size(1), taps = weight.size(2) * weight.size(3);
@@ -227,23 +211,36 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
       for (int64_t i = 0; i < B * R_all; i++) sum_of[i] /= float(N);
   };
 
-  const bool direct = taps == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
-  Padded p;
-  if (!direct) p = padded_copy(x, weight.sizes().slice(2), stride, padding, dilation, Ho, Wo);
-  const float* source = direct ? x.const_data_ptr<float>() : p.memory.const_data_ptr<float>();
-  const int64_t plane = direct ? N : p.plane;
+  auto all = [](at::IntArrayRef a, int64_t value) { return a[0] == value && a[1] == value; };
+  const bool direct = taps == 1 && all(stride, 1) && all(padding, 0);
+  if (winograd) {
+    TORCH_CHECK(groups == 1 && all(weight.sizes().slice(2), 3) && all(stride, 1) && all(dilation, 1),
+                "F(2×2, 3×3) computes convolutions of 3×3 with stride, dilation and groups of 1");
+    TORCH_CHECK(winograd->scalar_type() == at::kFloat && winograd->sizes() == at::IntArrayRef({16, out_all, cg}),
+                "winograd must be (16, C_out, C_in), float32");
+  }
+  const int64_t height = winograd ? (Ho + 1) / 2 : Ho, width = winograd ? (Wo + 1) / 2 : Wo;  // in tiles or pixels
+  optional<Padded> p;
+  if (winograd)
+    p.emplace(x, at::IntArrayRef({4, 4}), at::IntArrayRef({2, 2}), padding, at::IntArrayRef({1, 1}), height, width);
+  else if (!direct)
+    p.emplace(x, weight.sizes().slice(2), stride, padding, dilation, Ho, Wo);
   const Activation act = activation_of(activation);
   const Kernels& kernel = kernels();
   const double flops = 2.0 * B * R_all * K * taps * N;
-  const float* w = weight.const_data_ptr<float>();
+  const float* w = (winograd ? *winograd : weight).const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
 
-  if (!direct && K == 1 && R == 1 && !residual) {
+  if (!direct && !winograd && K == 1 && R == 1 && !residual) {
+    const float* from = x.const_data_ptr<float>();
+    const int64_t whole = x.size(2) * x.size(3);
     for_all(B * G, flops, [&](int64_t i) {
       const int64_t b = i / G, r = i % G, s = b / repeat;
       const int64_t o = out_index ? row_of<int64_t>(out_index, s)[r] : r;
       const int64_t column = in_index ? row_of<int64_t>(in_index, s)[0] : 0;
-      const Depthwise d{source + i * plane, taps, p.tap_offset.data(), Ho, Wo, p.row_pitch,
+      float* padded = scratch_memory(p->plane + p->slack);  // of one channel, so that it stays in the cache
+      kernel.pad(p->how, from + i * whole, padded);
+      const Depthwise d{padded, taps, p->tap_offset.data(), Ho, Wo, p->row_pitch,
                         w + (o * cg + column) * taps, bias ? bias->const_data_ptr<float>()[o] : 0.f,
                         gain ? row_of<float>(gain, s)[r] : 1.f, act, out + i * N};
       kernel.depthwise(d, sum_of ? sum_of + i : nullptr);
@@ -252,19 +249,24 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     return {y, total};
   }
 
-  std::vector<int32_t> columns(rows_of_index * K * taps);
+  const Tensor padded = p ? p->copy(x) : x;
+  const float* source = padded.const_data_ptr<float>();
+  const int64_t plane = p ? p->plane : N;
+  const int64_t each = winograd ? 1 : taps;  // columns of a channel in the weight's rows
+  std::vector<int32_t> columns(rows_of_index * K * each);
   for (int64_t s = 0; s < rows_of_index; s++) {
     const int64_t* active = row_of<int64_t>(in_index, s);
-    int32_t* to = columns.data() + s * K * taps;
+    int32_t* to = columns.data() + s * K * each;
     for (int64_t j = 0; j < K; j++)
-      for (int64_t t = 0; t < taps; t++) *to++ = int32_t((active ? active[j] : j) * taps + t);
+      for (int64_t t = 0; t < each; t++) *to++ = int32_t((active ? active[j] : j) * each + t);
   }
 
-  const int64_t vectors = (N + kernel.lanes - 1) / kernel.lanes, ldw = cg * taps;
-  const Cut c = cut(B * G, vectors, R, flops);
+  // What is cut among threads: vectors of pixels, or rows of tiles.
+  const int64_t steps = winograd ? height : (N + kernel.lanes - 1) / kernel.lanes, ldw = cg * each;
+  const Cut c = cut(B * G, steps, R, flops);
   Tensor partial;
   if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
-  const int64_t need = kernel.scratch(R, 4 * R * ldw);
+  const int64_t need = winograd ? kernel.winograd_scratch(R, 16 * 4 * R * ldw) : kernel.scratch(K * taps, R, 4 * R * ldw);
   for_all(B * G * c.chunks * c.row_cuts, flops, [&](int64_t i) {
     const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
     const int64_t b = item / G, g = item % G, s = b / repeat;
@@ -273,17 +275,17 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     l.x = source + (b * G + g) * K * plane;
     l.plane = plane;
     l.taps = taps;
-    l.tap_offset = p.tap_offset.data();
-    l.width = Wo;
-    l.row_pitch = p.row_pitch;
-    l.pixels = N;
+    l.tap_offset = p ? p->tap_offset.data() : nullptr;
+    l.width = width;
+    l.row_pitch = p ? p->row_pitch : 0;
+    l.pixels = height * width;
     l.channels = K;
     l.rows = R;
     l.weight = w;
     l.ldw = ldw;
     l.out = out_index ? row_of<int64_t>(out_index, s) + g * R : nullptr;
     l.first_row = g * R;
-    l.columns = columns.data() + s * K * taps;
+    l.columns = columns.data() + s * K * each;
     l.bias = bias ? bias->const_data_ptr<float>() : nullptr;
     l.gain = gain ? row_of<float>(gain, s) + g * R : nullptr;
     const int64_t at = (b * R_all + g * R) * N;
@@ -293,8 +295,13 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     l.tokens_out = false;
     l.ldy = N;
     float* to = !mean ? nullptr : c.chunks > 1 ? partial.mutable_data_ptr<float>() + chunk * B * R_all : sum_of;
-    kernel.layer(l, vectors * chunk / c.chunks, vectors * (chunk + 1) / c.chunks, R * row_cut / c.row_cuts,
-                 R * (row_cut + 1) / c.row_cuts, scratch_memory(need), to ? to + b * R_all + g * R : nullptr);
+    const int64_t begin = steps * chunk / c.chunks, end = steps * (chunk + 1) / c.chunks;
+    const int64_t r0 = R * row_cut / c.row_cuts, r1 = R * (row_cut + 1) / c.row_cuts;
+    float* sums = to ? to + b * R_all + g * R : nullptr;
+    if (winograd)
+      kernel.winograd({l, out_all * cg, Ho, Wo}, begin, end, r0, r1, scratch_memory(need), sums);
+    else
+      kernel.layer(l, begin, end, r0, r1, scratch_memory(need), sums);
   });
   if (partial.defined()) at::sum_out(total, partial, {0});
   finish();
@@ -305,18 +312,20 @@ std::tuple<Tensor, Tensor> conv2d(const Tensor& x, const Tensor& weight, const o
                                   const optional<Tensor>& in_index, const optional<Tensor>& out_index,
                                   const optional<Tensor>& gain, const optional<Tensor>& residual,
                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                                  int64_t groups, bool whole_groups, c10::string_view activation, bool mean) {
+                                  int64_t groups, bool whole_groups, c10::string_view activation, bool mean,
+                                  const optional<Tensor>& winograd) {
   return convolve(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups, whole_groups,
-                  activation, mean, false);
+                  activation, mean, winograd, false);
 }
 
 // The same, its result in the place of the residual; returns the mean.
 Tensor conv2d_into(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
                    const optional<Tensor>& in_index, const optional<Tensor>& out_index, const optional<Tensor>& gain,
                    const Tensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                   int64_t groups, bool whole_groups, c10::string_view activation, bool mean) {
+                   int64_t groups, bool whole_groups, c10::string_view activation, bool mean,
+                   const optional<Tensor>& winograd) {
   auto [y, s] = convolve(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups,
-                         whole_groups, activation, mean, true);
+                         whole_groups, activation, mean, winograd, true);
   if (!y.is_same(residual)) residual.copy_(y);
   return s;
 }
@@ -336,14 +345,16 @@ Tensor max_pool2d(const Tensor& x_, at::IntArrayRef kernel, at::IntArrayRef stri
   TORCH_CHECK(Ho > 0 && Wo > 0, "the window is larger than the padded input");
   Tensor y = at::empty({x.size(0), x.size(1), Ho, Wo}, x.options());
   if (y.numel() == 0) return y;
-  const Padded p =
-      padded_copy(x, kernel, stride, padding, {1, 1}, Ho, Wo, -std::numeric_limits<float>::infinity());
-  const float* from = p.memory.const_data_ptr<float>();
+  const Padded p(x, kernel, stride, padding, at::IntArrayRef({1, 1}), Ho, Wo, -std::numeric_limits<float>::infinity());
+  const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   const Kernels& kernels_ = kernels();
+  const int64_t whole = x.size(2) * x.size(3);
   for_all(x.size(0) * x.size(1), double(y.numel()) * kernel[0] * kernel[1], [&](int64_t i) {
-    kernels_.depthwise({from + i * p.plane, kernel[0] * kernel[1], p.tap_offset.data(), Ho, Wo, p.row_pitch, nullptr,
-                        0.f, 1.f, Activation::none, to + i * Ho * Wo},
+    float* padded = scratch_memory(p.plane + p.slack);
+    kernels_.pad(p.how, from + i * whole, padded);
+    kernels_.depthwise({padded, kernel[0] * kernel[1], p.tap_offset.data(), Ho, Wo, p.row_pitch, nullptr, 0.f, 1.f,
+                        Activation::none, to + i * Ho * Wo},
                        nullptr);
   });
   return y;
@@ -392,7 +403,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
   const Kernels& kernel = kernels();
   const Activation act = activation_of(activation);
   const double flops = 2.0 * items * T * K * R;
-  const int64_t vectors = (T + kernel.lanes - 1) / kernel.lanes, need = kernel.scratch(R, 4 * R * ldw);
+  const int64_t vectors = (T + kernel.lanes - 1) / kernel.lanes, need = kernel.scratch(K, R, 4 * R * ldw);
   const Cut c = cut(items, vectors, R, flops);
   const float* from = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
@@ -669,11 +680,11 @@ TORCH_LIBRARY(gatedprune, m) {
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
       "Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups, bool whole_groups, "
-      "str activation, bool mean) -> (Tensor, Tensor)");
+      "str activation, bool mean, Tensor? winograd=None) -> (Tensor, Tensor)");
   m.def(
       "conv2d_into(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
       "Tensor(a!) residual, int[2] stride, int[2] padding, int[2] dilation, int groups, bool whole_groups, "
-      "str activation, bool mean) -> Tensor");
+      "str activation, bool mean, Tensor? winograd=None) -> Tensor");
   m.def("max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "

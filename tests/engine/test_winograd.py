@@ -1,0 +1,61 @@
+"""F(2×2, 3×3): the transformed weights, and which layers are computed so."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import gatedprune
+from gatedprune.engine import NarrowConv2d, native
+from gatedprune.engine.winograd import pays, transform_weight
+
+# B and A of Lavin and Gray's equation 7.
+B_T = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64)
+A_T = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64)
+OPTIONS = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+
+
+def test_a_tile_by_the_equation() -> None:
+    tile, weight = torch.randn(1, 5, 4, 4, dtype=torch.float64), torch.randn(3, 5, 3, 3, dtype=torch.float64)
+    transformed = transform_weight(weight).view(4, 4, 3, 5)
+    inside = B_T @ tile[0] @ B_T.T
+    found = A_T @ torch.einsum("abok,kab->oab", transformed, inside) @ A_T.T
+    torch.testing.assert_close(found, F.conv2d(tile, weight)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_weights_are_transformed_in_float64() -> None:
+    weight = torch.randn(4, 4, 3, 3)
+    assert torch.equal(transform_weight(weight), transform_weight(weight.double()).float())
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "size", "wanted"),
+    [
+        ((64, 64, 3, 3), {}, (14, 14), True),
+        ((64, 64, 3, 3), {}, (7, 7), False),
+        ((64, 3, 3, 3), {}, (56, 56), False),
+        ((64, 64, 1, 1), {}, (56, 56), False),
+        ((64, 64, 3, 3), {"stride": (2, 2)}, (56, 56), False),
+        ((64, 64, 3, 3), {"dilation": (1, 2)}, (56, 56), False),
+        ((64, 32, 3, 3), {"groups": 2}, (56, 56), False),
+    ],
+)
+def test_where_it_pays(shape: tuple[int, ...], change: dict, size: tuple[int, int], wanted: bool) -> None:
+    assert pays(torch.zeros(shape), {**OPTIONS, **change}, size) == wanted
+
+
+@pytest.mark.skipif(not native.load(), reason="no native engine here")
+def test_each_size_of_image_by_itself() -> None:
+    model = timm.create_model("resnet18").eval()
+    gated = gatedprune.wrap(model, ratio=0.5).eval()
+    compact = gatedprune.compact(gated)
+    transformed = []
+    for size in (64, 128):
+        x = torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            torch.testing.assert_close(compact(x), gated(x), rtol=1e-4, atol=1e-4)
+        layers = [m for m in compact.prepare(x).modules() if isinstance(m, NarrowConv2d)]
+        transformed.append(sum(m.winograd is not None for m in layers))
+    assert transformed == [4, 7]  # maps of 16×16; of 32×32, four, and of 16×16, three
