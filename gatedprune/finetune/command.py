@@ -176,9 +176,10 @@ def _write_log(path: Path, log: list[dict[str, float]]) -> None:
 
 
 def _epoch_line(row: dict[str, float], epochs: int) -> str:
+    common = f", winners in common {row['in_common']:.0f} %" if "in_common" in row else ""
     return (
         f"epoch {row['epoch']:.0f}/{epochs}: train loss {row['train_loss']:.4f}, validation loss "
-        f"{row['val_loss']:.4f}, top-1 {row['top1']:.2f} %, ratio {row['ratio']:.2f}, {row['seconds']:.0f} s"
+        f"{row['val_loss']:.4f}, top-1 {row['top1']:.2f} %, ratio {row['ratio']:.2f}{common}, {row['seconds']:.0f} s"
     )
 
 

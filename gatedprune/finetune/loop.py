@@ -24,6 +24,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..errors import ConfigError, GatedPruneError
+from ..functional import active_mask
+from ..gates import Gate
+from ..inside import SiteUsage
 from ..training import Distillation, Interrupted, RatioSchedule, parameter_groups
 from ..wrapping import is_gated
 from .chance import STEP, EpochSampler, SeededDataset, seed_everything
@@ -162,11 +165,13 @@ class Trainer:
         began = time.monotonic()
         self._train_epoch(stop, progress)
         mean = self.loss / self.steps_per_epoch
-        accuracy, val_loss = self.evaluate(progress=progress)
+        accuracy, val_loss, common = self.evaluate(progress=progress)
         row = {
             "epoch": self.epoch + 1, "ratio": self.set_ratio(), "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": mean, "val_loss": val_loss, "top1": accuracy, "seconds": time.monotonic() - began,
         }  # fmt: skip
+        if common is not None:
+            row["in_common"] = common
         self.log.append(row)
         self.accelerator.log({k: v for k, v in row.items() if k != "epoch"}, step=self.epoch + 1)
         self.epoch, self.step, self.loss = self.epoch + 1, 0, 0.0
@@ -272,11 +277,15 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def evaluate(self, *, progress: bool = True) -> tuple[float, float]:
-        """Top-1 in percent and mean cross entropy of the result, at its present ratio, on the validation images."""
+    def evaluate(self, *, progress: bool = True) -> tuple[float, float, float | None]:
+        """Top-1 in percent and mean cross entropy of the result, at its present ratio, on the validation images; and
+        the share of winners, in percent, that two of them have in common, mean over gates (None without gates): at 100
+        the choice is static."""
         accelerator = self.accelerator
         self.set_ratio()
         model = self.result.eval()
+        gates: Mapping[str, Gate] = model.gates if is_gated(model) else {}
+        wins: dict[str, Any] = {}
         right = count = 0
         loss = 0.0
         for images, labels in tqdm(self.val, desc="validating", unit="batch", leave=False,
@@ -285,12 +294,19 @@ class Trainer:
                 images = images.contiguous(memory_format=torch.channels_last)
             with accelerator.autocast():
                 output = model(images).float()
-            output, labels = accelerator.gather_for_metrics((output, labels))
+            chosen = {
+                name: active_mask(gate.last_active, gate.channels)
+                for name, gate in gates.items()
+                if gate.last_active is not None  # a way through the model that this image did not go
+            }
+            output, labels, chosen = accelerator.gather_for_metrics((output, labels, chosen))
+            for name, mask in chosen.items():
+                wins[name] = wins.get(name, 0) + mask.sum(0)
             right += int((output.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(output, labels, reduction="sum"))
             count += len(labels)
         self.runner.train()
-        return 100 * right / count, loss / count
+        return 100 * right / count, loss / count, _in_common(wins, count)
 
     def save(self) -> None:
         """Write the state, from the first process; the others wait."""
@@ -316,6 +332,13 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.loss, self.log = state["epoch"], state["step"], state["loss"], state["log"]
+
+
+def _in_common(wins: Mapping[str, Tensor], count: int) -> float | None:
+    """From how often each channel won, site by site. Sites where all of them win say nothing."""
+    sites = [SiteUsage(w.cpu().numpy(), count) for w in wins.values()]
+    shares = [100 * s.common / s.active for s in sites if s.common is not None and s.active < s.channels]
+    return sum(shares) / len(shares) if shares else 100.0 if sites else None
 
 
 def check_recipe(config: FinetuneConfig) -> None:

@@ -23,6 +23,7 @@ from gatedprune.finetune import loop as loop_module
 from gatedprune.finetune import models as models_module
 from gatedprune.finetune.checkpoint import read_state
 from gatedprune.finetune.data import load_splits
+from gatedprune.inside import usage
 
 SITES = ("layer1*", "layer2*")
 SMALL = f"{__name__}:small"
@@ -95,6 +96,10 @@ def test_a_gated_model_comes_out_as_the_table_says(images: Path, tmp_path: Path)
         rows = list(csv.DictReader(stream))
     assert [float(row["ratio"]) for row in rows] == [0.5, 0.5]
     assert len(lines) == 2 and "epoch 2/2: train loss" in lines[1]
+    seen = usage(gated, [x])
+    common = [100 * site.common / site.active for site in seen.sites.values() if site.common is not None]
+    assert float(rows[-1]["in_common"]) == pytest.approx(sum(common) / len(common))
+    assert f"winners in common {sum(common) / len(common):.0f} %" in lines[1]
     assert float(rows[-1]["top1"]) == result.top1
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert written["top1"] == result.top1 and written["classes"] == ["blue", "green", "red"]
