@@ -180,6 +180,37 @@ def test_groups(whole: bool, per_group: tuple[int, int], stride: int) -> None:
 
 
 @given(
+    seed=st.integers(0, 10_000), size=st.tuples(st.integers(1, 30), st.integers(1, 70)),
+    kernel=st.sampled_from([(3, 3), (5, 5), (7, 7), (1, 9), (9, 1), (2, 2), (3, 1)]), stride=st.integers(1, 3),
+    dilation=st.integers(1, 2), padding=st.integers(0, 3), activation=st.sampled_from(["", *ACTIVATIONS]),
+    threads=st.integers(1, 2),
+)  # fmt: skip
+@FUZZ
+def test_depthwise(seed: int, size: tuple[int, int], kernel: tuple[int, int], stride: int, dilation: int, padding: int,
+                   activation: str, threads: int) -> None:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    room = [(k - 1) * dilation + 1 - 2 * padding for k in kernel]
+    height, width = (max(n, r) for n, r in zip(size, room, strict=True))
+    weight, bias = torch.randn(7, 1, *kernel, generator=g), torch.randn(7, generator=g)
+    out_index, gain = subsets(2, 7, 5, g), torch.rand(2, 5, generator=g)
+    x = torch.randn(2, 5, height, width, generator=g)
+    options = ((stride, stride), (padding, padding), (dilation, dilation))
+    want = torch.cat([
+        F.conv2d(x[i : i + 1].double(), weight[out_index[i]].double(), bias[out_index[i]].double(), *options, 5)
+        for i in range(2)
+    ]) * gain.double()[:, :, None, None]  # fmt: skip
+    want = ACTIVATIONS[activation](want) if activation else want
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found, mean = ops.conv2d(x, weight, bias, None, out_index, gain, None, *options, 7, True, activation, True)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found.double(), want, **CLOSE)
+    torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
+
+
+@given(
     seed=st.integers(0, 10_000), batch=st.integers(1, 3), tokens=st.integers(1, 150), cin=st.integers(1, 200),
     cout=st.integers(1, 90), some=st.tuples(*[st.booleans()] * 5), columns=st.tuples(st.booleans(), st.booleans()),
     activation=st.sampled_from(["", *ACTIVATIONS]),

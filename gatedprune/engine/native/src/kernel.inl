@@ -523,47 +523,100 @@ GP_INLINE void taps_of(const Depthwise& d, const int64_t* at, V* a) {
   }
 }
 
+// What follows the taps, and the store; returns |y|, of a whole vector or of its first `live` lanes.
+template <bool POOL>
+GP_INLINE V finish_taps(const Depthwise& d, V a, float* to, int64_t live) {
+  const V y = POOL ? a : activate((a + d.bias) * d.gain, d.activation);
+  if (live >= L) {
+    store(to, y);
+    return vabs(y);
+  }
+  store_part(to, y, live);
+  return vabs(keep_part(y, live));
+}
+
 template <bool POOL>
 GP_TARGET static void over_taps(const Depthwise& d, float* sum) {
   constexpr int MANY = 8;
   V total = V{};
-  const int64_t across = (d.width + L - 1) / L, vectors = d.height * across;
-  for (int64_t first = 0; first < vectors; first += MANY) {
+  int64_t h = 0, w = 0;
+  while (h < d.height) {
     V a[MANY];
-    int64_t at[MANY];
-    const int n = int(std::min<int64_t>(MANY, vectors - first));
-    for (int v = 0; v < MANY; v++) {
-      const int64_t i = first + std::min(v, n - 1);
-      at[v] = i / across * d.row_pitch + i % across * L;
+    int64_t at[MANY], to[MANY], live[MANY];
+    int n = 0;
+    for (; n < MANY && h < d.height; n++) {
+      at[n] = h * d.row_pitch + w;
+      to[n] = h * d.width + w;
+      live[n] = d.width - w;
+      w += L;
+      if (w >= d.width) w = 0, h++;
     }
+    for (int v = n; v < MANY; v++) at[v] = at[n - 1];
     if (n > 4)
       taps_of<8, POOL>(d, at, a);
     else if (n > 2)
       taps_of<4, POOL>(d, at, a);
     else
       taps_of<2, POOL>(d, at, a);
-    for (int v = 0; v < n; v++) {
-      const int64_t h = (first + v) / across, w = (first + v) % across * L;
-      const V y = POOL ? a[v] : activate((a[v] + d.bias) * d.gain, d.activation);
-      float* to = d.y + h * d.width + w;
-      const int64_t live = std::min<int64_t>(L, d.width - w);
-      if (live == L) {
-        store(to, y);
-        total += vabs(y);
-      } else {
-        store_part(to, y, live);
-        total += vabs(keep_part(y, live));
+    for (int v = 0; v < n; v++) total += finish_taps<POOL>(d, a[v], d.y + to[v], live[v]);
+  }
+  if (sum) *sum += hsum(total);
+}
+
+// Four rows of the output at once, so that what is read of x serves up to K of them. For K × K taps whose rows lie apart
+// as those of the output do, or half as far (S is 2).
+template <int K, int S, bool POOL>
+GP_TARGET static void over_rows(const Depthwise& d, float* sum) {
+  constexpr int ROWS = 4;
+  V total = V{};
+  const int64_t pitch = d.row_pitch / S;
+  for (int64_t h = 0, next; h < d.height; h = next) {
+    next = h + ROWS;
+    const int64_t first = std::min(h, d.height - ROWS);  // the last rows once more, if they do not fill a step
+    for (int64_t w = 0; w < d.width; w += L) {
+      V a[ROWS];
+      const float* x = d.x + first * d.row_pitch + w;
+      GP_UNROLL for (int r = 0; r < ROWS; r++) a[r] = POOL ? load(x + r * d.row_pitch + d.tap_offset[0]) : V{};
+      GP_UNROLL for (int i = 0; i < (ROWS - 1) * S + K; i++)
+        GP_UNROLL for (int j = 0; j < K; j++) {
+          const V xi = load(x + i * pitch + d.tap_offset[j]);
+          GP_UNROLL for (int r = 0; r < ROWS; r++) {
+            const int t = i - r * S;
+            if (t < 0 || t >= K) continue;
+            if (POOL)
+              a[r] = vmax_nan(xi, a[r]);
+            else
+              a[r] += splat(d.weight[t * K + j]) * xi;
+          }
+        }
+      for (int r = 0; r < ROWS; r++) {
+        const V y = finish_taps<POOL>(d, a[r], d.y + (first + r) * d.width + w, d.width - w);
+        if (first + r >= h) total += y;
       }
     }
   }
   if (sum) *sum += hsum(total);
 }
 
+// Whether `over_rows` may compute it.
+template <int K>
+static bool in_rows(const Depthwise& d, int64_t stride) {
+  if (d.taps != K * K || d.height < 4) return false;
+  for (int t = 0; t < K * K; t++)
+    if (d.tap_offset[t] != t / K * (d.row_pitch / stride) + d.tap_offset[t % K]) return false;
+  return d.row_pitch % stride == 0;
+}
+
 GP_TARGET static void depthwise(const Depthwise& d, float* sum) {
-  if (d.weight)
-    over_taps<false>(d, sum);
-  else
-    over_taps<true>(d, sum);
+  const bool pool = !d.weight;
+  if (pool && in_rows<3>(d, 2)) return over_rows<3, 2, true>(d, sum);
+  if (pool) return over_taps<true>(d, sum);
+  if (in_rows<3>(d, 1)) return over_rows<3, 1, false>(d, sum);
+  if (in_rows<3>(d, 2)) return over_rows<3, 2, false>(d, sum);
+  if (in_rows<5>(d, 1)) return over_rows<5, 1, false>(d, sum);
+  if (in_rows<5>(d, 2)) return over_rows<5, 2, false>(d, sum);
+  if (in_rows<7>(d, 1)) return over_rows<7, 1, false>(d, sum);
+  over_taps<false>(d, sum);
 }
 
 // sums[c] = sum over tokens of |x[t][c]|.
@@ -648,18 +701,22 @@ GP_INLINE void every(const float* x, int64_t stride, int64_t n, float* y) {
   }
 }
 
-GP_TARGET static void pad(const Padding& p, const float* x, float* y) {
-  for (int64_t r = 0; r < p.rows; r++) {
+GP_TARGET static void pad(const Padding& p, const float* x, bool edges, float* y) {
+  const int64_t pitch = p.phases * p.columns;
+  for (int64_t r = 0; r < p.rows; r++, y += pitch) {
     const int64_t h = r * p.step - p.top;
-    if (h < 0 || h >= p.height) {
-      for (int64_t i = 0; i < p.phases * p.columns; i++) *y++ = p.fill;
-      continue;
-    }
-    for (int64_t f = 0; f < p.phases; f++, y += p.columns) {
+    const bool inside = h >= 0 && h < p.height;
+    if (edges && !inside)
+      for (int64_t i = 0; i < pitch; i++) y[i] = p.fill;
+    if (!inside) continue;
+    for (int64_t f = 0; f < p.phases; f++) {
       const Phase& q = p.phase[f];
-      for (int64_t i = 0; i < q.left; i++) y[i] = p.fill;
-      every(x + h * p.width + q.first, p.stride, q.n, y + q.left);
-      for (int64_t i = q.left + q.n; i < p.columns; i++) y[i] = p.fill;
+      float* to = y + f * p.columns;
+      if (edges) {
+        for (int64_t i = 0; i < q.left; i++) to[i] = p.fill;
+        for (int64_t i = q.left + q.n; i < p.columns; i++) to[i] = p.fill;
+      }
+      every(x + h * p.width + q.first, p.stride, q.n, to + q.left);
     }
   }
 }

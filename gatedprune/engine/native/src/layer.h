@@ -89,7 +89,8 @@ struct Kernels {
   // y = w x + bias: w (rows, n), row by row; bias may be null.
   void (*matvec)(const float* w, int64_t rows, int64_t n, const float* x, const float* bias, float* y);
   void (*abs_sum_tokens)(const float* x, int64_t tokens, int64_t channels, float* sums);
-  void (*pad)(const Padding&, const float* x, float* y);
+  // Without `edges` only what comes from x is written: the padding is there from another plane.
+  void (*pad)(const Padding&, const float* x, bool edges, float* y);
   int64_t (*winograd_scratch)(int64_t rows, int64_t weight_bytes);
   // Computes rows [h0, h1) of tiles and rows [r0, r1).
   void (*winograd)(const Winograd&, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* scratch, float* sums);

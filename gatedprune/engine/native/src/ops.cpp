@@ -146,9 +146,22 @@ struct Padded {
     std::fill(to + planes * plane, to + planes * plane + slack, 0.f);
     const auto pad = kernels().pad;
     at::parallel_for(0, planes, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, plane)), [&](int64_t b, int64_t e) {
-      for (int64_t i = b; i < e; i++) pad(how, from + i * whole, to + i * plane);
+      for (int64_t i = b; i < e; i++) pad(how, from + i * whole, true, to + i * plane);
     });
     return memory;
+  }
+
+  // run(i, plane i padded), for each of `planes` planes of `whole` values: one at a time, so that it stays in the cache.
+  template <typename F>
+  void each(int64_t planes, double flops, const float* x, int64_t whole, const F& run) const {
+    const auto pad = kernels().pad;
+    at::parallel_for(0, planes, flops < 2e5 ? planes : 1, [&](int64_t begin, int64_t end) {
+      float* padded = scratch_memory(plane + slack);
+      for (int64_t i = begin; i < end; i++) {
+        pad(how, x + i * whole, i == begin, padded);
+        run(i, padded);
+      }
+    });
   }
 };
 
@@ -234,12 +247,10 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   if (!direct && !winograd && K == 1 && R == 1 && !residual) {
     const float* from = x.const_data_ptr<float>();
     const int64_t whole = x.size(2) * x.size(3);
-    for_all(B * G, flops, [&](int64_t i) {
+    p->each(B * G, flops, from, whole, [&](int64_t i, const float* padded) {
       const int64_t b = i / G, r = i % G, s = b / repeat;
       const int64_t o = out_index ? row_of<int64_t>(out_index, s)[r] : r;
       const int64_t column = in_index ? row_of<int64_t>(in_index, s)[0] : 0;
-      float* padded = scratch_memory(p->plane + p->slack);  // of one channel, so that it stays in the cache
-      kernel.pad(p->how, from + i * whole, padded);
       const Depthwise d{padded, taps, p->tap_offset.data(), Ho, Wo, p->row_pitch,
                         w + (o * cg + column) * taps, bias ? bias->const_data_ptr<float>()[o] : 0.f,
                         gain ? row_of<float>(gain, s)[r] : 1.f, act, out + i * N};
@@ -350,9 +361,8 @@ Tensor max_pool2d(const Tensor& x_, at::IntArrayRef kernel, at::IntArrayRef stri
   float* to = y.mutable_data_ptr<float>();
   const Kernels& kernels_ = kernels();
   const int64_t whole = x.size(2) * x.size(3);
-  for_all(x.size(0) * x.size(1), double(y.numel()) * kernel[0] * kernel[1], [&](int64_t i) {
-    float* padded = scratch_memory(p.plane + p.slack);
-    kernels_.pad(p.how, from + i * whole, padded);
+  p.each(x.size(0) * x.size(1), double(y.numel()) * kernel[0] * kernel[1], from, whole,
+         [&](int64_t i, const float* padded) {
     kernels_.depthwise({padded, kernel[0] * kernel[1], p.tap_offset.data(), Ho, Wo, p.row_pitch, nullptr, 0.f, 1.f,
                         Activation::none, to + i * Ho * Wo},
                        nullptr);
