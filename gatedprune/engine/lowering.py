@@ -293,7 +293,7 @@ class Lowering:
             return self._apply_gain(node, self.module(self.name(node), _plain(name, weight, bias, options), (value,)))
         if name == "conv2d":
             size = node.meta["val"].shape[2:]
-            fast = winograd.transform_weight(weight) if self.native and winograd.pays(weight, options, size) else None
+            fast = self.native and winograd.pays(weight, options, size)
             module: nn.Module = narrow.NarrowConv2d(
                 weight, bias, whole_groups=grouped, native=self.native, winograd=fast, **options
             )

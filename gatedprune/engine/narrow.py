@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..functional import per_row, subsample
 from .selection import fits
+from .winograd import restore_weight, transform_weight
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": F.relu,
@@ -59,9 +60,10 @@ class NarrowConv2d(nn.Module):
         weight: (C_out, C_in/groups, kh, kw), full. bias: (C_out,) or None.
         whole_groups: Active groups are complete and others absent; False: every group has the same active channels.
         native: Use the native backend where it can (float32 on the CPU).
-        winograd: (16, C_out, C_in), what the native backend is to multiply by instead (see `winograd`).
+        winograd: Let the native backend compute it by F(2×2, 3×3): see `winograd`.
 
     Attributes:
+        weight: As given, or transformed, (16, C_out, C_in), in its place.
         activation: "" or a key of `ACTIVATIONS`, applied last.
         subsample: Return s(y), (B, n_out), beside y.
         inplace: The result takes the place of the residual, which nobody reads again.
@@ -75,15 +77,15 @@ class NarrowConv2d(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    winograd: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...] | str,
                  dilation: tuple[int, ...], groups: int, whole_groups: bool = True,
-                 native: bool = False, winograd: Tensor | None = None) -> None:  # fmt: skip
+                 native: bool = False, winograd: bool = False) -> None:  # fmt: skip
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", transform_weight(weight) if winograd else weight)
         self.register_buffer("bias", bias)
-        self.register_buffer("winograd", winograd)
+        self.winograd = winograd
+        self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * groups
         self.whole_groups = whole_groups and groups != 1
         self.kernel_size = tuple(weight.shape[2:])
         if isinstance(padding, str):
@@ -109,16 +111,22 @@ class NarrowConv2d(nn.Module):
             return (y, s) if self.subsample else y
         groups = x.shape[1] // self.weight.shape[1] if self.whole_groups else self.groups
 
+        weight = self.spatial_weight()
+
         def run(one: Tensor, b: int) -> Tensor:
-            w, c = gather_rows(self.weight, self.bias, in_index, out_index, gain, b, grouped=self.whole_groups)
+            w, c = gather_rows(weight, self.bias, in_index, out_index, gain, b, grouped=self.whole_groups)
             return F.conv2d(one, w, c, self.stride, self.padding, self.dilation, groups)
 
         y = _follow(_per_sample(x, _samples(in_index, out_index), run), residual, self.activation)
         return (y, subsample(y)) if self.subsample else y
 
+    def spatial_weight(self) -> Tensor:
+        """(C_out, C_in/groups, kh, kw); with ``winograd`` up to rounding."""
+        return restore_weight(self.weight) if self.winograd else self.weight
+
     def extra_repr(self) -> str:
-        out, into = self.weight.shape[0], self.weight.shape[1] * self.groups
-        what = f"{into}, {out}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}"
+        channels = f"{self.in_channels}, {self.out_channels}"
+        what = f"{channels}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}"
         return what + (f", activation={self.activation}" if self.activation else "")
 
 

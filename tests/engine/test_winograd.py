@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import gatedprune
 from gatedprune.engine import NarrowConv2d, native
-from gatedprune.engine.winograd import pays, transform_weight
+from gatedprune.engine.winograd import pays, restore_weight, transform_weight
 
 # B and A of Lavin and Gray's equation 7.
 B_T = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64)
@@ -27,14 +27,18 @@ def test_a_tile_by_the_equation() -> None:
 
 def test_weights_are_transformed_in_float64() -> None:
     weight = torch.randn(4, 4, 3, 3)
-    assert torch.equal(transform_weight(weight), transform_weight(weight.double()).float())
+    transformed = transform_weight(weight)
+    assert torch.equal(transformed, transform_weight(weight.double()).float())
+    torch.testing.assert_close(restore_weight(transformed), weight, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("shape", "change", "size", "wanted"),
     [
-        ((64, 64, 3, 3), {}, (14, 14), True),
+        ((64, 64, 3, 3), {}, (28, 28), True),
         ((64, 64, 3, 3), {}, (7, 7), False),
+        ((256, 256, 3, 3), {}, (14, 14), False),
+        ((256, 256, 3, 3), {}, (60, 80), True),
         ((64, 3, 3, 3), {}, (56, 56), False),
         ((64, 64, 1, 1), {}, (56, 56), False),
         ((64, 64, 3, 3), {"stride": (2, 2)}, (56, 56), False),
@@ -52,10 +56,23 @@ def test_each_size_of_image_by_itself() -> None:
     gated = gatedprune.wrap(model, ratio=0.5).eval()
     compact = gatedprune.compact(gated)
     transformed = []
-    for size in (64, 128):
+    for size in (64, 128, 256):
         x = torch.randn(1, 3, size, size)
         with torch.no_grad():
             torch.testing.assert_close(compact(x), gated(x), rtol=1e-4, atol=1e-4)
         layers = [m for m in compact.prepare(x).modules() if isinstance(m, NarrowConv2d)]
-        transformed.append(sum(m.winograd is not None for m in layers))
-    assert transformed == [4, 7]  # maps of 16×16; of 32×32, four, and of 16×16, three
+        transformed.append(sum(m.winograd for m in layers))
+    # 64 channels on maps of 32×32 and 64×64, not on 16×16; 128 channels on 32×32.
+    assert transformed == [0, 4, 7]
+
+
+@pytest.mark.skipif(not native.load(), reason="no native engine here")
+def test_elsewhere_the_weights_are_restored() -> None:
+    weight, bias = torch.randn(32, 24, 3, 3), torch.randn(32)
+    layer = NarrowConv2d(weight, bias, (1, 1), (1, 1), (1, 1), 1, native=True, winograd=True)
+    plain = NarrowConv2d(weight, bias, (1, 1), (1, 1), (1, 1), 1)
+    x, index = torch.randn(2, 5, 9, 8), torch.tensor([[0, 3, 4, 11, 23]])
+    torch.testing.assert_close(layer(x, index), plain(x, index), rtol=1e-5, atol=1e-5)
+    layer.native = False
+    torch.testing.assert_close(layer(x, index), plain(x, index), rtol=1e-5, atol=1e-5)
+    assert str(layer) == str(plain)

@@ -166,17 +166,17 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("gatedprune::conv2d")
     def conv2d(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups, whole_groups,
-               activation, mean, winograd=None):  # fmt: skip
-        rows = weight.shape[0] if out_index is None else out_index.shape[1]
+               activation, mean, winograd=False):  # fmt: skip
+        shape = (*weight.shape[1:], 3, 3) if winograd else weight.shape
+        rows = shape[0] if out_index is None else out_index.shape[1]
         size = [
-            (x.shape[d + 2] + 2 * padding[d] - dilation[d] * (weight.shape[d + 2] - 1) - 1) // stride[d] + 1
-            for d in (0, 1)
+            (x.shape[d + 2] + 2 * padding[d] - dilation[d] * (shape[d + 2] - 1) - 1) // stride[d] + 1 for d in (0, 1)
         ]
         return x.new_empty(x.shape[0], rows, *size), x.new_empty((x.shape[0], rows) if mean else (0,))
 
     @torch.library.register_fake("gatedprune::conv2d_into")
     def conv2d_into(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups,
-                    whole_groups, activation, mean, winograd=None):  # fmt: skip
+                    whole_groups, activation, mean, winograd=False):  # fmt: skip
         return x.new_empty(residual.shape[:2] if mean else (0,))
 
     @torch.library.register_fake("gatedprune::max_pool2d")
@@ -219,6 +219,7 @@ def _register_flops() -> None:
     ops = torch.ops.gatedprune
 
     def convolution(rows, x, weight, out, groups, whole_groups):
+        weight = weight if len(weight) == 4 else (*weight[1:], 3, 3)
         read = weight[1] if whole_groups and groups > 1 else x[1] // groups
         return 2 * x[0] * rows * read * weight[2] * weight[3] * out[-2] * out[-1]
 

@@ -117,7 +117,8 @@ def check_convolution(case: dict) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
     try:
-        rest = (*options, 1, True, case["activation"], True, transform_weight(weight) if case["winograd"] else None)
+        weight = transform_weight(weight) if case["winograd"] else weight
+        rest = (*options, 1, True, case["activation"], True, case["winograd"])
         found, mean = ops.conv2d(x, weight, bias, in_index, out_index, gain, residual, *rest)
         torch.testing.assert_close(found.double(), want, **CLOSE)
         torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
@@ -143,8 +144,8 @@ def test_convolution_over_several_blocks(size: tuple[int, int], channels: tuple[
     index = subsets(2, cin, kin, g), subsets(2, cout, kout, g)
     options = ((1, 1), (kernel // 2,) * 2, (1, 1))
     want = indexed_conv2d(x.double(), weight.double(), None, *index, None, *options)
-    fast = transform_weight(weight) if winograd else None
-    found, mean = ops.conv2d(x, weight, None, *index, None, None, *options, 1, True, "", True, fast)
+    weight = transform_weight(weight) if winograd else weight
+    found, mean = ops.conv2d(x, weight, None, *index, None, None, *options, 1, True, "", True, winograd)
     torch.testing.assert_close(found.double(), want, **CLOSE)
     torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
 
@@ -453,26 +454,29 @@ def test_indices_out_of_range_are_refused(index: Tensor, message: str) -> None:
     "change",
     [{"x": torch.zeros(1, 5, 6, 6)}, {"bias": torch.zeros(2)}, {"gain": torch.zeros(2, 2)}, {"kernel": 9},
      {"residual": torch.zeros(1, 2, 3, 3)}, {"x": torch.zeros(1, 2, 6, 6).double()},
-     {"winograd": torch.zeros(16, 4, 2)}, {"winograd": torch.zeros(16, 4, 3), "kernel": 1}],
+     {"weight": torch.zeros(16, 4, 3)}, {"winograd": True}, {"winograd": True, "weight": torch.zeros(9, 4, 3)},
+     {"winograd": True, "weight": torch.zeros(16, 4, 3), "stride": [2, 2]}],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_are_refused(change: dict) -> None:
     size = change.get("kernel", 3)
     with pytest.raises(RuntimeError):
-        ops.conv2d(change.get("x", torch.zeros(1, 2, 6, 6)), torch.zeros(4, 3, size, size), change.get("bias"),
+        ops.conv2d(change.get("x", torch.zeros(1, 2, 6, 6)), change.get("weight", torch.zeros(4, 3, size, size)),
+                   change.get("bias"),
                    torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), change.get("gain"), change.get("residual"),
-                   [1, 1], [1, 1], [1, 1], 1, True, "", False, change.get("winograd"))  # fmt: skip
+                   change.get("stride", [1, 1]), [1, 1], [1, 1], 1, True, "", False, change.get("winograd", False)
+                   )  # fmt: skip
 
 
 @pytest.mark.parametrize("winograd", [False, True])
 def test_several_python_threads_at_once(winograd: bool) -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 64, 3, 3, generator=g)
-    fast = transform_weight(weight) if winograd else None
+    weight = transform_weight(weight) if winograd else weight
     jobs = [(torch.randn(1, 32, 20, 20, generator=g), subsets(1, 64, 32, g), subsets(1, 96, 48, g)) for _ in range(8)]
 
     def run(job: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         x, i, o = job
-        rest = ([1, 1], [1, 1], [1, 1], 1, True, "", False, fast)
+        rest = ([1, 1], [1, 1], [1, 1], 1, True, "", False, winograd)
         y: Tensor = ops.conv2d(x, weight, None, i, o, None, None, *rest)[0]
         return y
 
@@ -497,12 +501,10 @@ def test_operators_are_well_registered() -> None:
     x, weight, i, o = torch.randn(2, 3, 8, 8), torch.randn(6, 5, 3, 3), subsets(2, 5, 3, g), subsets(2, 6, 4, g)
     checks = ["test_schema", "test_faketensor"]
     residual = torch.randn(2, 4, 8, 8)
-    for mean, fast in ((True, None), (False, transform_weight(weight))):
-        rest = ([1, 1], [1, 1], [1, 1], 1, True, "relu", mean, fast)
-        torch.library.opcheck(ops.conv2d.default, (x, weight, None, i, o, None, None, *rest), test_utils=checks)
-        torch.library.opcheck(
-            ops.conv2d_into.default, (x, weight, None, i, o, None, residual, *rest), test_utils=checks
-        )
+    for mean, w in ((True, weight), (False, transform_weight(weight))):
+        rest = ([1, 1], [1, 1], [1, 1], 1, True, "relu", mean, w.dim() == 3)
+        torch.library.opcheck(ops.conv2d.default, (x, w, None, i, o, None, None, *rest), test_utils=checks)
+        torch.library.opcheck(ops.conv2d_into.default, (x, w, None, i, o, None, residual, *rest), test_utils=checks)
     tokens, w = torch.randn(2, 7, 3), torch.randn(6, 5)
     for columns in ((False, False), (False, True)):
         torch.library.opcheck(

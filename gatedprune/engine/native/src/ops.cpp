@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -167,25 +168,27 @@ struct Padded {
 
 // Convolution over active sets, then bias, gain, residual and activation → y (B, n_out, H', W') and, if `mean`, the mean
 // of |y| over the pixels (B, n_out), which the next gate reads.
-// `winograd`: the weight of a 3×3 convolution as F(2×2, 3×3) multiplies by it, (16, C_out, C_in), which is then used.
+// `winograd`: the weight is that of a 3×3 convolution as F(2×2, 3×3) multiplies by it, (16, C_out, C_in).
 // `inplace`: the result takes the place of the residual.
 std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& bias_,
                                   const optional<Tensor>& in_index_, const optional<Tensor>& out_index_,
                                   const optional<Tensor>& gain_, const optional<Tensor>& residual_,
                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                   int64_t groups, bool whole_groups, c10::string_view activation, bool mean,
-                                  const optional<Tensor>& winograd_, bool inplace) {
-  TORCH_CHECK(x_.dim() == 4 && weight_.dim() == 4 && x_.scalar_type() == at::kFloat &&
+                                  bool winograd, bool inplace) {
+  TORCH_CHECK(x_.dim() == 4 && weight_.dim() == (winograd ? 3 : 4) && x_.scalar_type() == at::kFloat &&
                   weight_.scalar_type() == at::kFloat,
-              "x and weight must be four-dimensional and float32");
+              "x and weight must be four-dimensional, a transformed weight three-dimensional, and float32");
   TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding and dilation are pairs");
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
   const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
-             residual = contiguous(residual_), winograd = contiguous(winograd_);
-  check_index(in_index, weight.size(1), "in_index");
-  check_index(out_index, weight.size(0), "out_index");
-  const int64_t B = x.size(0), cg = weight.size(1), taps = weight.size(2) * weight.size(3);
-  const int64_t out_all = weight.size(0), R_all = out_index ? out_index->size(1) : out_all;
+             residual = contiguous(residual_);
+  const int64_t out_all = weight.size(winograd ? 1 : 0), cg = weight.size(winograd ? 2 : 1);
+  const std::array<int64_t, 2> kernel_size = {winograd ? 3 : weight.size(2), winograd ? 3 : weight.size(3)};
+  check_index(in_index, cg, "in_index");
+  check_index(out_index, out_all, "out_index");
+  const int64_t B = x.size(0), taps = kernel_size[0] * kernel_size[1];
+  const int64_t R_all = out_index ? out_index->size(1) : out_all;
   int64_t G = groups;
   if (whole_groups && groups > 1) {
     TORCH_CHECK(!in_index, "whole groups are named by out_index alone");
@@ -206,7 +209,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   TORCH_CHECK(!bias || bias->numel() == out_all, "bias must be (C_out,)");
 
   auto size = [&](int d) {
-    return (x.size(d + 2) + 2 * padding[d] - dilation[d] * (weight.size(d + 2) - 1) - 1) / stride[d] + 1;
+    return (x.size(d + 2) + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1) / stride[d] + 1;
   };
   const int64_t Ho = size(0), Wo = size(1), N = Ho * Wo;
   TORCH_CHECK(Ho > 0 && Wo > 0, "the kernel is larger than the padded input");
@@ -226,22 +229,18 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
 
   auto all = [](at::IntArrayRef a, int64_t value) { return a[0] == value && a[1] == value; };
   const bool direct = taps == 1 && all(stride, 1) && all(padding, 0);
-  if (winograd) {
-    TORCH_CHECK(groups == 1 && all(weight.sizes().slice(2), 3) && all(stride, 1) && all(dilation, 1),
-                "F(2×2, 3×3) computes convolutions of 3×3 with stride, dilation and groups of 1");
-    TORCH_CHECK(winograd->scalar_type() == at::kFloat && winograd->sizes() == at::IntArrayRef({16, out_all, cg}),
-                "winograd must be (16, C_out, C_in), float32");
-  }
+  TORCH_CHECK(!winograd || (weight.size(0) == 16 && groups == 1 && all(stride, 1) && all(dilation, 1)),
+              "F(2×2, 3×3) needs a weight (16, C_out, C_in), and stride, dilation and groups of 1");
   const int64_t height = winograd ? (Ho + 1) / 2 : Ho, width = winograd ? (Wo + 1) / 2 : Wo;  // in tiles or pixels
   optional<Padded> p;
   if (winograd)
     p.emplace(x, at::IntArrayRef({4, 4}), at::IntArrayRef({2, 2}), padding, at::IntArrayRef({1, 1}), height, width);
   else if (!direct)
-    p.emplace(x, weight.sizes().slice(2), stride, padding, dilation, Ho, Wo);
+    p.emplace(x, kernel_size, stride, padding, dilation, Ho, Wo);
   const Activation act = activation_of(activation);
   const Kernels& kernel = kernels();
   const double flops = 2.0 * B * R_all * K * taps * N;
-  const float* w = (winograd ? *winograd : weight).const_data_ptr<float>();
+  const float* w = weight.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
 
   if (!direct && !winograd && K == 1 && R == 1 && !residual) {
@@ -324,7 +323,7 @@ std::tuple<Tensor, Tensor> conv2d(const Tensor& x, const Tensor& weight, const o
                                   const optional<Tensor>& gain, const optional<Tensor>& residual,
                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                   int64_t groups, bool whole_groups, c10::string_view activation, bool mean,
-                                  const optional<Tensor>& winograd) {
+                                  bool winograd) {
   return convolve(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups, whole_groups,
                   activation, mean, winograd, false);
 }
@@ -334,7 +333,7 @@ Tensor conv2d_into(const Tensor& x, const Tensor& weight, const optional<Tensor>
                    const optional<Tensor>& in_index, const optional<Tensor>& out_index, const optional<Tensor>& gain,
                    const Tensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                    int64_t groups, bool whole_groups, c10::string_view activation, bool mean,
-                   const optional<Tensor>& winograd) {
+                   bool winograd) {
   auto [y, s] = convolve(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups,
                          whole_groups, activation, mean, winograd, true);
   if (!y.is_same(residual)) residual.copy_(y);
@@ -361,10 +360,10 @@ Tensor max_pool2d(const Tensor& x_, at::IntArrayRef kernel, at::IntArrayRef stri
   float* to = y.mutable_data_ptr<float>();
   const Kernels& kernels_ = kernels();
   const int64_t whole = x.size(2) * x.size(3);
-  p.each(x.size(0) * x.size(1), double(y.numel()) * kernel[0] * kernel[1], from, whole,
-         [&](int64_t i, const float* padded) {
-    kernels_.depthwise({padded, kernel[0] * kernel[1], p.tap_offset.data(), Ho, Wo, p.row_pitch, nullptr, 0.f, 1.f,
-                        Activation::none, to + i * Ho * Wo},
+  const int64_t taps = kernel[0] * kernel[1];
+  p.each(x.size(0) * x.size(1), double(y.numel()) * taps, from, whole, [&](int64_t i, const float* padded) {
+    kernels_.depthwise({padded, taps, p.tap_offset.data(), Ho, Wo, p.row_pitch, nullptr, 0.f, 1.f, Activation::none,
+                        to + i * Ho * Wo},
                        nullptr);
   });
   return y;
@@ -690,11 +689,11 @@ TORCH_LIBRARY(gatedprune, m) {
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
       "Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups, bool whole_groups, "
-      "str activation, bool mean, Tensor? winograd=None) -> (Tensor, Tensor)");
+      "str activation, bool mean, bool winograd=False) -> (Tensor, Tensor)");
   m.def(
       "conv2d_into(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
       "Tensor(a!) residual, int[2] stride, int[2] padding, int[2] dilation, int groups, bool whole_groups, "
-      "str activation, bool mean, Tensor? winograd=None) -> Tensor");
+      "str activation, bool mean, bool winograd=False) -> Tensor");
   m.def("max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "

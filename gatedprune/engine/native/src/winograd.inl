@@ -132,7 +132,9 @@ GP_INLINE void transform_out(const Winograd& c, const float* acc, int64_t positi
   }
 }
 
-static int64_t winograd_group(int64_t weight_bytes) { return weight_bytes > (512 << 10) ? 2 : 1; }
+// Panels that share each weight, as in kernel.inl; a panel is sixteen times as large here.
+constexpr int64_t W_MAX_GROUP = 2;
+static int64_t winograd_group(int64_t weight_bytes) { return weight_bytes > (512 << 10) ? W_MAX_GROUP : 1; }
 
 static int64_t winograd_scratch(int64_t rows, int64_t weight_bytes) {
   const int64_t width = GP_MAX_NV * L;
@@ -147,8 +149,8 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
   float* totals = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
   if (sums) std::memset(totals, 0, rows * L * sizeof(float));
   float* packed = totals + rows * L;
-  Gather gather[2];
-  Places places[2][4];
+  Gather gather[W_MAX_GROUP];
+  Places places[W_MAX_GROUP][GP_MAX_NV];
   const int64_t begin = h0 * l.width, end = h1 * l.width;
   for (int64_t left = (end - begin + L - 1) / L, n0 = begin; left > 0;) {
     const int64_t panels = (left + GP_MAX_NV - 1) / GP_MAX_NV;
