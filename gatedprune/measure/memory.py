@@ -49,7 +49,7 @@ def measure_memory(model: Callable[..., Any], inputs: Tensor | tuple[Any, ...]) 
 
     On the CPU PyTorch's profiler records each allocation and release, so the number is the same on every run, which the
     size of a process is not: that moves with what the C library keeps for later. Not seen is what does not come from
-    PyTorch's allocator: the scratch memory of matrix products, and the native engine's (some hundred kB a thread). On
+    PyTorch's allocator: the scratch memory of matrix products, and the native engine's (up to a few MB a thread). On
     CUDA it is `torch.cuda.max_memory_allocated`.
 
     Args:

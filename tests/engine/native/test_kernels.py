@@ -272,6 +272,20 @@ def test_activations_over_their_range(activation: str) -> None:
         torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("activation", ["", "gelu"])
+@pytest.mark.parametrize("winograd", [False, True])
+def test_small_sums_survive_a_large_bias(activation: str, winograd: bool) -> None:
+    """It is added last: sums that began with it would round to its precision a thousand times."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 1000, 8, 8, generator=g), torch.randn(4, 1000, 3, 3, generator=g) / 1e4
+    bias = torch.full((4,), 10.0)
+    want = F.conv2d(x.double(), weight.double(), bias.double(), 1, 1)  # gelu(10) is 10
+    w = transform_weight(weight) if winograd else weight
+    rest = ([1, 1], [1, 1], [1, 1], 1, True, activation, False, winograd)
+    found = ops.conv2d(x, w, bias, None, None, None, None, *rest)[0]
+    assert (found.double() - want).abs().max() < 2 * 10 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("activation", ["", "relu", "relu6"])
 @pytest.mark.parametrize("pixels", [3, 16, 70])
 def test_bounds_keep_nan_and_infinity(activation: str, pixels: int) -> None:

@@ -185,6 +185,9 @@ GP_INLINE V activate(V v, Activation a) {
   }
 }
 
+// The row of the weight that row r of the layer is.
+GP_INLINE int64_t row_number(const Layer& l, int64_t r) { return l.out ? l.out[r] : l.first_row + r; }
+
 // Where a tile's rows go once their sums are complete: row r of the layer, pixels from n0, and |y| to `sums` if not null.
 // `unpacked`: where the panel's pixels come from, for the tile that packs them.
 struct Goal {
@@ -208,15 +211,14 @@ GP_INLINE void step(const float* const* w, int64_t q, float* panel, const float*
   }
 }
 
-// acc[r][v] (+)= sum over k of weight[r][column k] * panel[k][v], from start[r] or 0 on. FINISH: these are the last k, and what follows the sums
+// acc[r][v] (+)= sum over k of weight[r][column k] * panel[k][v]. FINISH: these are the last k, and what follows the sums
 // is done while they are in registers; for activations that are bounds.
 //
 // Weights come from memory, in runs too short for the hardware to foresee: meanwhile the rows `ahead` are fetched, which
 // the next tile will read at `ahead_columns`. PACK: the same for pixels, some planes ahead.
 template <int R, int NV, bool FINISH, bool PACK = false>
 GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int64_t n, float* panel, float* acc,
-                           const float* start, bool first, const float* const* ahead, const int32_t* ahead_columns,
-                           const Goal& goal) {
+                           bool first, const float* const* ahead, const int32_t* ahead_columns, const Goal& goal) {
   constexpr int64_t PLANES_AHEAD = 8;
   const float* from = goal.unpacked;
   const int64_t plane = PACK ? goal.layer->plane : 0;
@@ -224,8 +226,7 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
   const float* w[R];
   GP_UNROLL for (int r = 0; r < R; r++) {
     w[r] = rows[r];
-    const V s = splat(first && start ? start[r] : 0.f);
-    GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = first ? s : *(const V*)(acc + (r * NV + v) * L);
+    GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = first ? V{} : *(const V*)(acc + (r * NV + v) * L);
   }
   int64_t k = 0;
   for (; k + 4 <= n; k += 4, panel += 4 * NV * L) {
@@ -250,11 +251,12 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
   const int64_t live = std::min<int64_t>(L, l.pixels - goal.n0 - (NV - 1) * L);  // of the last vector
   GP_UNROLL for (int r = 0; r < R; r++) {
     const int64_t row = goal.r + r, at = row * l.ldy + goal.n0;
-    const V gain = splat(l.gain ? l.gain[row] : 1.f);
+    // Last, since sums that began with it would lose what is small beside it.
+    const V bias = splat(l.bias ? l.bias[row_number(l, row)] : 0.f), gain = splat(l.gain ? l.gain[row] : 1.f);
     V total = goal.sums ? *(const V*)(goal.sums + r * L) : V{};
     GP_UNROLL for (int v = 0; v < NV; v++) {
       const bool whole = v + 1 < NV || live == L;
-      V x = a[r][v];
+      V x = a[r][v] + bias;
       if (l.gain) x *= gain;
       if (l.residual) x += whole ? load(l.residual + at + v * L) : load_part(l.residual + at + v * L, live);
       if (l.activation != Activation::none) x = x < V{} ? V{} : x;  // NaN stays NaN
@@ -269,8 +271,8 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
   }
 }
 
-typedef void (*Tile)(const float* const*, const int32_t*, int64_t, float*, float*, const float*, bool,
-                     const float* const*, const int32_t*, const Goal&);
+typedef void (*Tile)(const float* const*, const int32_t*, int64_t, float*, float*, bool, const float* const*,
+                     const int32_t*, const Goal&);
 
 template <bool FINISH, int NV, int R>
 struct Tiles {
@@ -384,16 +386,16 @@ GP_INLINE void pack(const Layer& l, const Gather& g, int64_t n0, int nv, int64_t
   }
 }
 
-// Gain, residual, activation, in that order, of sums that began with the bias; then the store, and the sum of |y| added to `sum` (L floats).
+// Bias, gain, residual, activation, in that order; then the store, and the sum of |y| added to `sum` (L floats).
 GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, int nv, float* sum) {
-  const V gain = splat(l.gain ? l.gain[r] : 1.f);
+  const V bias = splat(l.bias ? l.bias[row_number(l, r)] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
   const int64_t columns = std::min<int64_t>(nv * L, l.pixels - n0);
   float* y = l.y + r * l.ldy + n0;
   const float* residual = l.residual ? l.residual + r * l.ldy + n0 : nullptr;
   V total = sum ? *(const V*)sum : V{};
   for (int v = 0; v < nv; v++) {
     const int64_t live = columns - v * L;
-    V x = *(const V*)(acc + v * L) * gain;
+    V x = (*(const V*)(acc + v * L) + bias) * gain;
     if (live >= L) {
       if (residual) x += load(residual + v * L);
       x = activate(x, l.activation);
@@ -413,10 +415,10 @@ GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, i
 GP_INLINE void finish_tokens(const Layer& l, float* acc, int64_t r0, int64_t r1, int64_t n0, int nv) {
   const int64_t width = nv * L, columns = std::min<int64_t>(width, l.pixels - n0);
   for (int64_t r = r0; r < r1; r++) {
-    const V gain = splat(l.gain ? l.gain[r] : 1.f);
+    const V bias = splat(l.bias ? l.bias[row_number(l, r)] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
     float* a = acc + (r - r0) * width;
     for (int v = 0; v < nv; v++) {
-      V y = *(const V*)(a + v * L) * gain;
+      V y = (*(const V*)(a + v * L) + bias) * gain;
       if (l.residual)
         for (int64_t i = 0; i < std::min<int64_t>(L, columns - v * L); i++)
           y[i] += l.residual[(n0 + v * L + i) * l.ldy + r];
@@ -437,7 +439,6 @@ static int64_t scratch(int64_t depth, int64_t rows, int64_t weight_bytes) {
   return group * width * (K_BLOCK + rows + 16) + rows * L + 64;
 }
 
-GP_INLINE int64_t row_number(const Layer& l, int64_t r) { return l.out ? l.out[r] : l.first_row + r; }
 GP_INLINE const float* row_of(const Layer& l, int64_t r) { return l.weight + row_number(l, r) * l.ldw; }
 
 GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* memory, float* sums) {
@@ -473,13 +474,11 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
       for (int64_t r = r0; r < r1;) {
         const int height = int(std::min<int64_t>(tall, r1 - r));
         const float *row[16], *ahead[16];
-        float start[16];
         // The next rows; after the last ones the first ones again, further right.
         const bool wrap = r + height >= r1, more = !wrap || k1 + (k1 - k0) <= depth;
         const int64_t from = wrap ? r0 : r + height;
         for (int i = 0; i < height; i++) {
           row[i] = row_of(l, r + i);
-          start[i] = l.bias ? l.bias[row_number(l, r + i)] : 0.f;
           ahead[i] = row_of(l, std::min(from + i, r1 - 1));
         }
         for (int64_t p = 0; p < group; p++) {
@@ -489,8 +488,8 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
           const int64_t n0 = (v + p * nv) * L;
           const bool packing = r == r0 && by_tile(p);
           const Tile compute = packing ? tiles.packing[bounds && last][nv] : tiles.of[bounds && last][nv][height];
-          compute(row, l.columns + k0, k1 - k0, packed + p * block, a, start, k0 == 0,
-                  p == 0 && more ? ahead : nullptr, l.columns + (wrap ? k1 : k0),
+          compute(row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0, p == 0 && more ? ahead : nullptr,
+                  l.columns + (wrap ? k1 : k0),
                   Goal{&l, r, n0, sum, packing ? l.x + k0 * l.plane + n0 : nullptr});
           if (last && !bounds && !l.tokens_out)
             for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, n0, nv, sum ? sum + i * L : nullptr);

@@ -111,8 +111,8 @@ GP_INLINE void transform_out(const Winograd& c, const float* acc, int64_t positi
                              const Places* places, float* totals) {
   const Layer& l = c.layer;
   for (int64_t r = r0; r < r1; r++) {
-    const int64_t o = l.out ? l.out[r] : l.first_row + r, row = r * l.ldy;
-    const V bias = splat(l.bias ? l.bias[o] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
+    const int64_t row = r * l.ldy;
+    const V bias = splat(l.bias ? l.bias[row_number(l, r)] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
     V total = totals ? *(const V*)(totals + (r - r0) * L) : V{};
     for (int v = 0; v < nv; v++, acc += L) {
       V s[8], low, high;
@@ -189,7 +189,7 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
           }
           for (int64_t q = 0; q < group; q++)
             tiles.of[0][nv][height](row, l.columns + k0, k1 - k0, packed + q * panel + p * position,
-                                    acc + q * acc_panel + p * acc_position + (r - r0) * width, nullptr, k0 == 0,
+                                    acc + q * acc_panel + p * acc_position + (r - r0) * width, k0 == 0,
                                     q == 0 && !(wrap && p == 15) ? ahead : nullptr, l.columns + k0, Goal{});
           r += height;
         }
