@@ -110,7 +110,6 @@ class NarrowConv2d(nn.Module):
                     x, self.weight, self.bias, in_index, out_index, gain, residual, *rest)  # fmt: skip
             return (y, s) if self.subsample else y
         groups = x.shape[1] // self.weight.shape[1] if self.whole_groups else self.groups
-
         weight = self.spatial_weight()
 
         def run(one: Tensor, b: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,14 @@ def apply_tuning(graph: fx.GraphModule, tuning: Mapping[str, str]) -> None:
             raise ConfigError(f"`tune` names the backend {backend!r} for {path!r}. It must be 'native' or 'torch'.")
         layer = graph.get_submodule(path) if _has(graph, path) else None
         if isinstance(layer, _LAYERS) and backend == "torch":  # names of another image size's graph are passed over
-            layer.native = False
+            _leave_native(layer)
+
+
+def _leave_native(layer: Any) -> None:
+    """Compute with plain PyTorch, with its own weights: restoring them in each call would take longer than the layer."""
+    if isinstance(layer, NarrowConv2d) and layer.winograd:
+        layer.weight, layer.winograd = layer.spatial_weight(), False
+    layer.native = False
 
 
 def tune_layers(graph: fx.GraphModule, inputs: tuple[Any, ...], rounds: int = 5) -> dict[str, str]:
@@ -59,18 +67,18 @@ class _Tuner(fx.Interpreter):
     def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
         layer = self.module.get_submodule(target)
         if isinstance(layer, _LAYERS) and layer.native:
-            times = {"native": float("inf"), "torch": float("inf")}
+            plain = copy.deepcopy(layer)
+            _leave_native(plain)
+            ways, times = {"native": layer, "torch": plain}, {"native": float("inf"), "torch": float("inf")}
             for turn in range(2 * (self.rounds + 1)):
                 backend = ("native", "torch")[turn % 2]
-                seconds = self._once(layer, backend == "native", args)
+                seconds = self._once(ways[backend], args)
                 if turn >= 2:  # the first call of each warms up
                     times[backend] = min(times[backend], seconds)
-            layer.native = True
             self.found[str(target)] = "torch" if times["torch"] < _MARGIN * times["native"] else "native"
         return super().call_module(target, args, kwargs)
 
-    def _once(self, layer: Any, native: bool, args: tuple) -> float:
-        layer.native = native
+    def _once(self, layer: Any, args: tuple) -> float:
         copies = [a.clone() if isinstance(a, Tensor) else a for a in args] if getattr(layer, "inplace", False) else args
         start = time.perf_counter()
         layer(*copies)

@@ -67,6 +67,22 @@ def test_each_size_of_image_by_itself() -> None:
 
 
 @pytest.mark.skipif(not native.load(), reason="no native engine here")
+def test_a_layer_tuned_to_pytorch_has_its_own_weights_again() -> None:
+    gated = gatedprune.wrap(timm.create_model("resnet18").eval(), ratio=0.5).eval()
+    x = torch.randn(1, 3, 128, 128)
+    layers = {n: m for n, m in gatedprune.compact(gated, x).prepare(x).named_modules() if isinstance(m, NarrowConv2d)}
+    fast = [name for name, layer in layers.items() if layer.winograd]
+    assert fast
+    compact = gatedprune.compact(gated, x, tune=dict.fromkeys(fast, "torch"))
+    tuned = compact.prepare(x)
+    for name in fast:
+        layer = tuned.get_submodule(name)
+        assert isinstance(layer, NarrowConv2d) and not layer.winograd and not layer.native and layer.weight.dim() == 4
+    with torch.no_grad():
+        torch.testing.assert_close(compact(x), gated(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not native.load(), reason="no native engine here")
 def test_elsewhere_the_weights_are_restored() -> None:
     weight, bias = torch.randn(32, 24, 3, 3), torch.randn(32)
     layer = NarrowConv2d(weight, bias, (1, 1), (1, 1), (1, 1), 1, native=True, winograd=True)
