@@ -35,7 +35,7 @@ def apply_tuning(graph: fx.GraphModule, tuning: Mapping[str, str]) -> None:
 
 
 def _leave_native(layer: Any) -> None:
-    """Compute with plain PyTorch, with its own weights: restoring them in each call would take longer than the layer."""
+    """Compute with plain PyTorch, with its own weights: restoring them at each call would take too long."""
     if isinstance(layer, NarrowConv2d) and layer.winograd:
         layer.weight, layer.winograd = layer.spatial_weight(), False
     layer.native = False
