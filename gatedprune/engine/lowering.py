@@ -21,6 +21,7 @@ from .constants import Constants
 from .fusion import fuse
 from .handlers import handler_of, max_pool
 from .layout import Layout, Layouts
+from .rows import rows_apart
 
 __all__ = ["lower"]
 
@@ -291,9 +292,10 @@ class Lowering:
         plain = in_layout is None and out_layout is None
         if plain and not (self.native and name == "conv2d" and _native_when_plain(weight, options)):
             return self._apply_gain(node, self.module(self.name(node), _plain(name, weight, bias, options), (value,)))
+        fast = self.native and name == "conv2d" and winograd.pays(weight, options, node.meta["val"].shape[2:])
+        if self.native and norm is not None and not fast:  # without a norm it is the source model's own
+            weight = rows_apart(weight)
         if name == "conv2d":
-            size = node.meta["val"].shape[2:]
-            fast = self.native and winograd.pays(weight, options, size)
             module: nn.Module = narrow.NarrowConv2d(
                 weight, bias, whole_groups=grouped, native=self.native, winograd=fast, **options
             )

@@ -189,22 +189,17 @@ GP_INLINE V activate(V v, Activation a) {
 GP_INLINE int64_t row_number(const Layer& l, int64_t r) { return l.out ? l.out[r] : l.first_row + r; }
 
 // Where a tile's rows go once their sums are complete: row r of the layer, pixels from n0, and |y| to `sums` if not null.
-// `unpacked`: where the panel's pixels come from, for the tile that packs them.
 struct Goal {
   const Layer* layer;
   int64_t r, n0;
   float* sums;
-  const float* unpacked;
 };
 
-// a[r][v] += w[r][q] * x[v]; PACK: the panel is filled with x from where the pixels lie.
-template <int R, int NV, bool PACK>
-GP_INLINE void step(const float* const* w, int64_t q, float* panel, const float* from, V (*a)[NV]) {
+// a[r][v] += w[r][q] * x[v].
+template <int R, int NV>
+GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)[NV]) {
   V x[NV];
-  GP_UNROLL for (int v = 0; v < NV; v++) {
-    x[v] = PACK ? load(from + v * L) : *(const V*)(panel + v * L);
-    if (PACK) *(V*)(panel + v * L) = x[v];
-  }
+  GP_UNROLL for (int v = 0; v < NV; v++) x[v] = *(const V*)(panel + v * L);
   GP_UNROLL for (int r = 0; r < R; r++) {
     const V s = splat(w[r][q]);
     GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] += s * x[v];
@@ -215,13 +210,10 @@ GP_INLINE void step(const float* const* w, int64_t q, float* panel, const float*
 // is done while they are in registers; for activations that are bounds.
 //
 // Weights come from memory, in runs too short for the hardware to foresee: meanwhile the rows `ahead` are fetched, which
-// the next tile will read at `ahead_columns`. PACK: the same for pixels, some planes ahead.
-template <int R, int NV, bool FINISH, bool PACK = false>
-GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int64_t n, float* panel, float* acc,
+// the next tile will read at `ahead_columns`.
+template <int R, int NV, bool FINISH>
+GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int64_t n, const float* panel, float* acc,
                            bool first, const float* const* ahead, const int32_t* ahead_columns, const Goal& goal) {
-  constexpr int64_t PLANES_AHEAD = 8;
-  const float* from = goal.unpacked;
-  const int64_t plane = PACK ? goal.layer->plane : 0;
   V a[R][NV];
   const float* w[R];
   GP_UNROLL for (int r = 0; r < R; r++) {
@@ -234,44 +226,61 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
       const int64_t next = ahead_columns[k];
       GP_UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + next);
     }
-    if (PACK)
-      GP_UNROLL for (int i = 0; i < 4; i++)
-        GP_UNROLL for (int v = 0; v < NV; v++) __builtin_prefetch(from + (i + PLANES_AHEAD) * plane + v * L);
-    GP_UNROLL for (int i = 0; i < 4; i++)
-      step<R, NV, PACK>(w, columns[k + i], panel + i * NV * L, from + i * plane, a);
-    from += 4 * plane;
+    GP_UNROLL for (int i = 0; i < 4; i++) step<R, NV>(w, columns[k + i], panel + i * NV * L, a);
   }
-  for (; k < n; k++, panel += NV * L, from += plane) step<R, NV, PACK>(w, columns[k], panel, from, a);
+  for (; k < n; k++, panel += NV * L) step<R, NV>(w, columns[k], panel, a);
   if (!FINISH) {
     GP_UNROLL for (int r = 0; r < R; r++)
       GP_UNROLL for (int v = 0; v < NV; v++) *(V*)(acc + (r * NV + v) * L) = a[r][v];
     return;
   }
-  const Layer& l = *goal.layer;
-  const int64_t live = std::min<int64_t>(L, l.pixels - goal.n0 - (NV - 1) * L);  // of the last vector
-  GP_UNROLL for (int r = 0; r < R; r++) {
-    const int64_t row = goal.r + r, at = row * l.ldy + goal.n0;
-    // Last, since sums that began with it would lose what is small beside it.
-    const V bias = splat(l.bias ? l.bias[row_number(l, row)] : 0.f), gain = splat(l.gain ? l.gain[row] : 1.f);
-    V total = goal.sums ? *(const V*)(goal.sums + r * L) : V{};
-    GP_UNROLL for (int v = 0; v < NV; v++) {
-      const bool whole = v + 1 < NV || live == L;
-      V x = a[r][v] + bias;
-      if (l.gain) x *= gain;
-      if (l.residual) x += whole ? load(l.residual + at + v * L) : load_part(l.residual + at + v * L, live);
-      if (l.activation != Activation::none) x = x < V{} ? V{} : x;  // NaN stays NaN
-      if (l.activation == Activation::relu6) x = x > splat(6.f) ? splat(6.f) : x;
-      if (whole)
-        store(l.y + at + v * L, x);
-      else
-        store_part(l.y + at + v * L, x, live);
-      total += vabs(whole ? x : keep_part(x, live));
+  // One decision for all of the tile, and nothing of the layer read again after a store, which might have changed it.
+  const Layer l = *goal.layer;
+  const int64_t n0 = goal.n0, live = std::min<int64_t>(L, l.pixels - n0 - (NV - 1) * L);  // of the last vector
+  float* sums = goal.sums;
+  // Last, since sums that began with it would lose what is small beside it.
+  if (l.bias)
+    GP_UNROLL for (int r = 0; r < R; r++) {
+      const V bias = splat(l.bias[row_number(l, goal.r + r)]);
+      GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] += bias;
     }
-    if (goal.sums) *(V*)(goal.sums + r * L) = total;
+  if (l.gain)
+    GP_UNROLL for (int r = 0; r < R; r++) {
+      const V gain = splat(l.gain[goal.r + r]);
+      GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] *= gain;
+    }
+  if (l.residual) {
+    const float* from = l.residual + goal.r * l.ldy + n0;
+    GP_UNROLL for (int r = 0; r < R; r++) {
+      GP_UNROLL for (int v = 0; v < NV - 1; v++) a[r][v] += load(from + r * l.ldy + v * L);
+      const float* end = from + r * l.ldy + (NV - 1) * L;
+      a[r][NV - 1] += live == L ? load(end) : load_part(end, live);
+    }
   }
+  if (l.activation != Activation::none)  // NaN stays NaN
+    GP_UNROLL for (int r = 0; r < R; r++)
+      GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = a[r][v] < V{} ? V{} : a[r][v];
+  if (l.activation == Activation::relu6)
+    GP_UNROLL for (int r = 0; r < R; r++)
+      GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = a[r][v] > splat(6.f) ? splat(6.f) : a[r][v];
+  float* to = l.y + goal.r * l.ldy + n0;
+  GP_UNROLL for (int r = 0; r < R; r++) {
+    GP_UNROLL for (int v = 0; v < NV - 1; v++) store(to + r * l.ldy + v * L, a[r][v]);
+    float* end = to + r * l.ldy + (NV - 1) * L;
+    if (live == L)
+      store(end, a[r][NV - 1]);
+    else
+      store_part(end, a[r][NV - 1], live);
+  }
+  if (sums)
+    GP_UNROLL for (int r = 0; r < R; r++) {
+      V total = *(const V*)(sums + r * L) + vabs(live == L ? a[r][NV - 1] : keep_part(a[r][NV - 1], live));
+      GP_UNROLL for (int v = 0; v < NV - 1; v++) total += vabs(a[r][v]);
+      *(V*)(sums + r * L) = total;
+    }
 }
 
-typedef void (*Tile)(const float* const*, const int32_t*, int64_t, float*, float*, bool, const float* const*,
+typedef void (*Tile)(const float* const*, const int32_t*, int64_t, const float*, float*, bool, const float* const*,
                      const int32_t*, const Goal&);
 
 template <bool FINISH, int NV, int R>
@@ -287,25 +296,25 @@ struct Tiles<FINISH, NV, 0> {
 };
 
 constexpr int TILE_ROWS[5] = {0, GP_TILE_1, GP_TILE_2, GP_TILE_3, GP_TILE_4};
+constexpr int64_t STEP = 24;  // a multiple of each
+static_assert(STEP % GP_TILE_1 == 0 && STEP % GP_TILE_2 == 0, "tiles of all heights end together");
+#if GP_MAX_NV > 2
+static_assert(STEP % GP_TILE_3 == 0 && STEP % GP_TILE_4 == 0, "tiles of all heights end together");
+#endif
 
 struct TileTable {
   Tile of[2][5][17];  // finishing or not, vectors, rows
-  Tile packing[2][5];  // the highest ones
   TileTable() {
-    fill<false>(of[0], packing[0]);
-    fill<true>(of[1], packing[1]);
+    fill<false>(of[0]);
+    fill<true>(of[1]);
   }
   template <bool FINISH>
-  static void fill(Tile (*to)[17], Tile* packing) {
+  static void fill(Tile (*to)[17]) {
     Tiles<FINISH, 1, GP_TILE_1>::fill(to[1]);
     Tiles<FINISH, 2, GP_TILE_2>::fill(to[2]);
-    packing[1] = &tile<GP_TILE_1, 1, FINISH, true>;
-    packing[2] = &tile<GP_TILE_2, 2, FINISH, true>;
 #if GP_MAX_NV > 2
     Tiles<FINISH, 3, GP_TILE_3>::fill(to[3]);
     Tiles<FINISH, 4, GP_TILE_4>::fill(to[4]);
-    packing[3] = &tile<GP_TILE_3, 3, FINISH, true>;
-    packing[4] = &tile<GP_TILE_4, 4, FINISH, true>;
 #endif
   }
 };
@@ -386,6 +395,31 @@ GP_INLINE void pack(const Layer& l, const Gather& g, int64_t n0, int nv, int64_t
   }
 }
 
+// Panels side by side: `wide` of nv vectors, then others of one vector less. Panel p starts at the vector `start(p)`.
+struct Panels {
+  int64_t count, wide;
+  int nv;
+  int64_t start(int64_t p) const { return p * nv - std::max<int64_t>(0, p - wide); }
+  int vectors(int64_t p) const { return p < wide ? nv : nv - 1; }
+};
+
+// Rows [k0, k1) of the first n panels from pixel n0 on, which lie side by side: a plane at a time, since its pages are
+// far from those of the next, and what follows in it comes by itself. Panel p goes to `to + p * block`.
+GP_INLINE void pack_planes(const Layer& l, const Panels& panels, int64_t n, int64_t n0, int64_t k0, int64_t k1,
+                           float* to, int64_t block) {
+  const int64_t run = panels.start(n) * L;
+  for (int64_t k = k0; k < k1; k++) {
+    const float* from = l.x + k * l.plane + n0;
+    for (int64_t i = 0; i < run; i += L) __builtin_prefetch(from + l.plane + i);
+    for (int64_t p = 0; p < n; p++) {
+      const int64_t width = panels.vectors(p) * L;
+      float* row = to + p * block + (k - k0) * width;
+      for (int64_t i = 0; i < width; i += L) *(V*)(row + i) = load(from + i);
+      from += width;
+    }
+  }
+}
+
 // Bias, gain, residual, activation, in that order; then the store, and the sum of |y| added to `sum` (L floats).
 GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, int nv, float* sum) {
   const V bias = splat(l.bias ? l.bias[row_number(l, r)] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
@@ -453,54 +487,56 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   Gather gather[MAX_GROUP];
   // Panels as equal as can be: with 13 vectors 4, 3, 3 and 3.
   for (int64_t left = v1 - v0, v = v0; left > 0;) {
-    const int64_t panels = (left + GP_MAX_NV - 1) / GP_MAX_NV;
-    const int nv = int((left + panels - 1) / panels);
-    const int64_t alike = left % panels ? left % panels : panels;
-    const int64_t group = std::min(most, alike);
-    const int64_t width = nv * L, block = width * K_BLOCK;
-    float* acc = packed + group * block;
-    const int64_t acc_panel = rows * width;
+    const int64_t all = (left + GP_MAX_NV - 1) / GP_MAX_NV, wide = left % all ? left % all : all;
+    // Few panels are one group, so that weights are fetched once, and tiles of both heights end after STEP rows.
+    Panels g{all <= most ? all : std::min(most, wide), wide, int((left + all - 1) / all)};
+    g.wide = std::min(g.wide, g.count);
+    const bool mixed = g.wide < g.count;
+    const int64_t width = g.nv * L, block = width * K_BLOCK, acc_panel = rows * width;
+    float* acc = packed + g.count * block;
+    auto pixel = [&](int64_t p) { return (v + g.start(p)) * L; };
+    int64_t whole = 0;  // panels
+    if (l.source == Source::contiguous)
+      while (whole < g.count && pixel(whole + 1) <= l.pixels) whole++;
     if (l.source == Source::padded)
-      for (int64_t p = 0; p < group; p++) plan(l, (v + p * nv) * L, nv, gather[p]);
+      for (int64_t p = 0; p < g.count; p++) plan(l, pixel(p), g.vectors(p), gather[p]);
     for (int64_t k0 = 0; k0 < depth || k0 == 0; k0 += K_BLOCK) {
       const int64_t k1 = std::min(depth, k0 + K_BLOCK);
-      const int tall = TILE_ROWS[nv];
-      // Whole panels of pixels that lie side by side are packed by the first tile that reads them.
-      auto by_tile = [&](int64_t p) {
-        return l.source == Source::contiguous && rows >= tall && (v + (p + 1) * nv) * L <= l.pixels;
-      };
-      for (int64_t p = 0; p < group; p++)
-        if (!by_tile(p)) pack(l, gather[p], (v + p * nv) * L, nv, k0, k1, packed + p * block);
-      for (int64_t r = r0; r < r1;) {
-        const int height = int(std::min<int64_t>(tall, r1 - r));
-        const float *row[16], *ahead[16];
-        // The next rows; after the last ones the first ones again, further right.
-        const bool wrap = r + height >= r1, more = !wrap || k1 + (k1 - k0) <= depth;
-        const int64_t from = wrap ? r0 : r + height;
-        for (int i = 0; i < height; i++) {
-          row[i] = row_of(l, r + i);
-          ahead[i] = row_of(l, std::min(from + i, r1 - 1));
+      const bool last = k1 == depth;
+      pack_planes(l, g, whole, pixel(0), k0, k1, packed, block);
+      for (int64_t p = whole; p < g.count; p++) pack(l, gather[p], pixel(p), g.vectors(p), k0, k1, packed + p * block);
+      const int64_t step = mixed ? STEP : TILE_ROWS[g.nv];
+      for (int64_t s0 = r0; s0 < r1; s0 += step)
+        for (int64_t p0 = 0; p0 < g.count; p0 = p0 < g.wide ? g.wide : g.count) {
+          const int nv = g.vectors(p0), tall = TILE_ROWS[nv];
+          const int64_t p1 = p0 < g.wide ? g.wide : g.count, s1 = std::min(s0 + step, r1);
+          for (int64_t r = s0; r < s1; r += tall) {
+            const int height = int(std::min<int64_t>(tall, s1 - r));
+            const float *row[16], *ahead[16];
+            // The next rows; after the last ones the first ones again, further right.
+            const bool wrap = s1 == r1, more = p0 == 0 && (!wrap || k1 + (k1 - k0) <= depth);
+            const int64_t next = wrap ? r0 + (r - s0) : r + step;
+            for (int i = 0; i < height; i++) {
+              row[i] = row_of(l, r + i);
+              ahead[i] = row_of(l, std::min(next + i, r1 - 1));
+            }
+            float* sum = sums ? totals + (r - r0) * L : nullptr;
+            for (int64_t p = p0; p < p1; p++) {
+              float* a = acc + p * acc_panel + (r - r0) * nv * L;
+              tiles.of[bounds && last][nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0,
+                                                   more && p == 0 ? ahead : nullptr, l.columns + (wrap ? k1 : k0),
+                                                   Goal{&l, r, pixel(p), sum});
+              if (last && !bounds && !l.tokens_out)
+                for (int i = 0; i < height; i++)
+                  finish(l, a + i * nv * L, r + i, pixel(p), nv, sum ? sum + i * L : nullptr);
+            }
+          }
         }
-        for (int64_t p = 0; p < group; p++) {
-          float* a = acc + p * acc_panel + (r - r0) * width;
-          const bool last = k1 == depth;
-          float* sum = sums ? totals + (r - r0) * L : nullptr;
-          const int64_t n0 = (v + p * nv) * L;
-          const bool packing = r == r0 && by_tile(p);
-          const Tile compute = packing ? tiles.packing[bounds && last][nv] : tiles.of[bounds && last][nv][height];
-          compute(row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0, p == 0 && more ? ahead : nullptr,
-                  l.columns + (wrap ? k1 : k0),
-                  Goal{&l, r, n0, sum, packing ? l.x + k0 * l.plane + n0 : nullptr});
-          if (last && !bounds && !l.tokens_out)
-            for (int i = 0; i < height; i++) finish(l, a + i * width, r + i, n0, nv, sum ? sum + i * L : nullptr);
-        }
-        r += height;
-      }
     }
     if (l.tokens_out)
-      for (int64_t p = 0; p < group; p++) finish_tokens(l, acc + p * acc_panel, r0, r1, (v + p * nv) * L, nv);
-    v += group * nv;
-    left -= group * nv;
+      for (int64_t p = 0; p < g.count; p++) finish_tokens(l, acc + p * acc_panel, r0, r1, pixel(p), g.vectors(p));
+    v += g.start(g.count);
+    left -= g.start(g.count);
   }
   if (sums)
     for (int64_t r = r0; r < r1; r++) sums[r] += hsum(*(const V*)(totals + (r - r0) * L));

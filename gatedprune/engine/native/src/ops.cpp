@@ -82,6 +82,12 @@ optional<Tensor> contiguous(const optional<Tensor>& t) {
   return t ? optional<Tensor>(t->contiguous()) : std::nullopt;
 }
 
+// As it is where only its rows lie apart.
+Tensor with_rows(const Tensor& weight) {
+  const bool rows = weight.size(0) > 0 && weight[0].is_contiguous() && weight.stride(0) >= weight[0].numel();
+  return rows ? weight : weight.contiguous();
+}
+
 template <typename T>
 const T* row_of(const optional<Tensor>& t, int64_t row) {
   return t ? t->const_data_ptr<T>() + row * t->size(1) : nullptr;
@@ -180,7 +186,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
                   weight_.scalar_type() == at::kFloat,
               "x and weight must be four-dimensional, a transformed weight three-dimensional, and float32");
   TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding and dilation are pairs");
-  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+  const Tensor x = x_.contiguous(), weight = winograd ? weight_.contiguous() : with_rows(weight_);
   const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
              residual = contiguous(residual_);
   const int64_t out_all = weight.size(winograd ? 1 : 0), cg = weight.size(winograd ? 2 : 1);
@@ -239,6 +245,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     p.emplace(x, kernel_size, stride, padding, dilation, Ho, Wo);
   const Activation act = activation_of(activation);
   const Kernels& kernel = kernels();
+  const int64_t ldw = winograd ? cg : weight.stride(0);
   const double flops = 2.0 * B * R_all * K * taps * N;
   const float* w = weight.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
@@ -251,7 +258,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
       const int64_t o = out_index ? row_of<int64_t>(out_index, s)[r] : r;
       const int64_t column = in_index ? row_of<int64_t>(in_index, s)[0] : 0;
       const Depthwise d{padded, taps, p->tap_offset.data(), Ho, Wo, p->row_pitch,
-                        w + (o * cg + column) * taps, bias ? bias->const_data_ptr<float>()[o] : 0.f,
+                        w + o * ldw + column * taps, bias ? bias->const_data_ptr<float>()[o] : 0.f,
                         gain ? row_of<float>(gain, s)[r] : 1.f, act, out + i * N};
       kernel.depthwise(d, sum_of ? sum_of + i : nullptr);
     });
@@ -272,7 +279,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   }
 
   // What is cut among threads: vectors of pixels, or rows of tiles.
-  const int64_t steps = winograd ? height : (N + kernel.lanes - 1) / kernel.lanes, ldw = cg * each;
+  const int64_t steps = winograd ? height : (N + kernel.lanes - 1) / kernel.lanes;
   const Cut c = cut(B * G, steps, R, flops);
   Tensor partial;
   if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
@@ -378,15 +385,14 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
                   weight_.scalar_type() == at::kFloat,
               "x must be (…, n_in) and weight (C_out, C_in), float32");
   TORCH_CHECK(x_.dim() >= 2 || !(x_columns || y_columns), "columns need a batch");
-  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+  const Tensor x = x_.contiguous(), weight = with_rows(weight_);
   const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
              residual = contiguous(residual_);
   check_index(in_index, weight.size(1), "in_index");
   check_index(out_index, weight.size(0), "out_index");
   const int64_t K = x.size(x_columns ? 1 : -1), R = out_index ? out_index->size(1) : weight.size(0);
-  const int64_t ldw = weight.size(1);
-  TORCH_CHECK(K == (in_index ? in_index->size(1) : ldw), "x has ", K, " channels where ",
-              in_index ? in_index->size(1) : ldw, " are active");
+  const int64_t ldw = weight.stride(0), active = in_index ? in_index->size(1) : weight.size(1);
+  TORCH_CHECK(K == active, "x has ", K, " channels where ", active, " are active");
   const int64_t B = in_index ? in_index->size(0) : out_index ? out_index->size(0) : 1;
   TORCH_CHECK(!in_index || !out_index || in_index->size(0) == out_index->size(0), "indices of different batches");
   TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias must be (C_out,)");
