@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "layer.h"
+#include "memory.h"
 
 namespace gatedprune {
 namespace {
@@ -147,7 +148,7 @@ struct Padded {
 
   Tensor copy(const Tensor& x) const {
     const int64_t planes = x.size(0) * x.size(1), whole = x.size(2) * x.size(3);
-    Tensor memory = at::empty({planes * plane + slack}, x.options());
+    Tensor memory = fresh({planes * plane + slack}, x.options());
     const float* from = x.const_data_ptr<float>();
     float* to = memory.mutable_data_ptr<float>();
     std::fill(to + planes * plane, to + planes * plane + slack, 0.f);
@@ -219,7 +220,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   };
   const int64_t Ho = size(0), Wo = size(1), N = Ho * Wo;
   TORCH_CHECK(Ho > 0 && Wo > 0, "the kernel is larger than the padded input");
-  Tensor y = inplace ? *residual : at::empty({B, R_all, Ho, Wo}, x.options());
+  Tensor y = inplace ? *residual : fresh({B, R_all, Ho, Wo}, x.options());
   TORCH_CHECK(y.dim() == 4 && y.size(0) == B && y.size(1) == R_all && y.size(2) == Ho && y.size(3) == Wo &&
                   y.scalar_type() == at::kFloat,
               "residual has another shape or type than the output");
@@ -360,7 +361,7 @@ Tensor max_pool2d(const Tensor& x_, at::IntArrayRef kernel, at::IntArrayRef stri
   };
   const int64_t Ho = size(0), Wo = size(1);
   TORCH_CHECK(Ho > 0 && Wo > 0, "the window is larger than the padded input");
-  Tensor y = at::empty({x.size(0), x.size(1), Ho, Wo}, x.options());
+  Tensor y = fresh({x.size(0), x.size(1), Ho, Wo}, x.options());
   if (y.numel() == 0) return y;
   const Padded p(x, kernel, stride, padding, at::IntArrayRef({1, 1}), Ho, Wo, -std::numeric_limits<float>::infinity());
   const float* from = x.const_data_ptr<float>();
@@ -402,7 +403,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
   auto shape = x.sizes().vec();
   shape.erase(x_columns ? shape.begin() + 1 : shape.end() - 1);
   shape.insert(y_columns ? shape.begin() + 1 : shape.end(), R);
-  Tensor y = at::empty(shape, x.options());
+  Tensor y = fresh(shape, x.options());
   TORCH_CHECK(!residual || (residual->sizes() == y.sizes() && !y_columns), "residual has another shape than the output");
   if (y.numel() == 0) return y;
   TORCH_CHECK(K > 0 && x.numel() / K % B == 0, "the rows of x do not divide among ", B, " samples");
@@ -504,7 +505,7 @@ std::tuple<Tensor, Tensor> affine(const Tensor& x_, const Tensor& scale_, const 
   TORCH_CHECK(index ? index->size(1) == C && index->size(0) > 0 && B % index->size(0) == 0 : scale.numel() == C,
               "x has ", C, " channels where others are active");
   TORCH_CHECK(shift.numel() == scale.numel(), "scale and shift differ in length");
-  Tensor y = at::empty(x.sizes(), x.options()), s = at::empty({mean ? B : 0, C}, x.options());
+  Tensor y = fresh(x.sizes(), x.options()), s = at::empty({mean ? B : 0, C}, x.options());
   if (y.numel() == 0) return {y, mean ? s.zero_() : s};
   const int64_t repeat = index ? B / index->size(0) : 1;
   const Activation act = activation_of(activation);

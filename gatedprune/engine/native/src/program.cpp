@@ -2,7 +2,7 @@
 //
 // Values lie in registers: the inputs come first, then constants and results as they are named. An operator is put
 // together argument by argument, then closed by `call`; `finish` says what is returned, after which the program is only
-// run. Runs share nothing but constants, so that several threads may run one program at once.
+// run. Runs share nothing but constants and spare memory, so that several threads may run one program at once.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/custom_class.h>
@@ -10,6 +10,8 @@
 
 #include <string>
 #include <vector>
+
+#include "memory.h"
 
 namespace gatedprune {
 namespace {
@@ -87,6 +89,7 @@ class Program : public torch::CustomClassHolder {
   std::vector<Tensor> run(const std::vector<Tensor>& inputs) const {
     TORCH_CHECK(int64_t(inputs.size()) == inputs_, "the program takes ", inputs_, " tensors, not ", inputs.size());
     at::AutoDispatchBelowADInplaceOrView guard;  // no gradients
+    const Within memory(arena_);
     std::vector<Tensor> at(registers_);
     for (int64_t i = 0; i < inputs_; i++) at[i] = inputs[i];
     for (const auto& [r, value] : constants_) at[r] = value;
@@ -155,6 +158,7 @@ class Program : public torch::CustomClassHolder {
   std::vector<Argument> pending_;
   std::vector<Instruction> instructions_;
   std::vector<int64_t> outputs_;
+  const std::shared_ptr<Arena> arena_ = std::make_shared<Arena>();
 };
 
 template <typename T>
