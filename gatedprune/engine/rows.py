@@ -23,7 +23,7 @@ def rows_apart(weight: Tensor) -> Tensor:
         The weight itself, or a view (C_out, …) of a copy; only its first dimension is not contiguous then.
     """
     row = weight.shape[1:].numel()
-    if row == 0 or row * weight.element_size() % STEP:
+    if len(weight) < 2 or row == 0 or row * weight.element_size() % STEP:
         return weight
     memory = weight.new_zeros(len(weight), row + LINE // weight.element_size())
     rows = memory[:, :row].copy_(weight.flatten(1))

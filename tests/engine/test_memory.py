@@ -17,7 +17,7 @@ from gatedprune.measure import measure_memory
 
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"no native engine here: {native.build_error()}")
 
-# 1 MiB a map: larger than what is left to PyTorch's allocator.
+# Results of 1 MiB: larger than what is left to PyTorch's allocator.
 CHANNELS, SIDE = 16, 128
 
 
