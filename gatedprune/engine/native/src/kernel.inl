@@ -25,7 +25,7 @@ namespace GP_NS {
 constexpr int L = GP_LANES;
 constexpr int64_t K_BLOCK = 256;
 // A group of panels shares each weight while it is in the cache, and reads and writes longer runs of pixels.
-constexpr int64_t MAX_GROUP = 16;
+constexpr int64_t LEAST_GROUP = 4, MAX_GROUP = 16;
 
 typedef float V __attribute__((vector_size(GP_LANES * 4)));
 typedef float VU __attribute__((vector_size(GP_LANES * 4), aligned(4), may_alias));
@@ -465,7 +465,7 @@ GP_INLINE void finish_tokens(const Layer& l, float* acc, int64_t r0, int64_t r1,
 // More where weights do not stay in the second-level cache, and where so little is computed that reading and writing
 // pixels is what takes time.
 static int64_t group_size(int64_t depth, int64_t rows, int64_t weight_bytes) {
-  return depth <= 64 && rows <= 512 ? MAX_GROUP : weight_bytes > (512 << 10) ? 6 : 4;
+  return depth <= 64 && rows <= 512 ? MAX_GROUP : weight_bytes > (512 << 10) ? 6 : LEAST_GROUP;
 }
 
 static int64_t scratch(int64_t depth, int64_t rows, int64_t weight_bytes) {
@@ -492,7 +492,9 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
     Panels g{all <= most ? all : std::min(most, wide), wide, int((left + all - 1) / all)};
     g.wide = std::min(g.wide, g.count);
     const bool mixed = g.wide < g.count;
-    const int64_t width = g.nv * L, block = width * K_BLOCK, acc_panel = rows * width;
+    // One panel or two: longer blocks, which take no more of the cache, since weights then come in longer runs.
+    const int64_t k_block = K_BLOCK * std::max<int64_t>(1, LEAST_GROUP / g.count);
+    const int64_t width = g.nv * L, block = width * k_block, acc_panel = rows * width;
     float* acc = packed + g.count * block;
     auto pixel = [&](int64_t p) { return (v + g.start(p)) * L; };
     int64_t whole = 0;  // panels
@@ -500,8 +502,8 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
       while (whole < g.count && pixel(whole + 1) <= l.pixels) whole++;
     if (l.source == Source::padded)
       for (int64_t p = 0; p < g.count; p++) plan(l, pixel(p), g.vectors(p), gather[p]);
-    for (int64_t k0 = 0; k0 < depth || k0 == 0; k0 += K_BLOCK) {
-      const int64_t k1 = std::min(depth, k0 + K_BLOCK);
+    for (int64_t k0 = 0; k0 < depth || k0 == 0; k0 += k_block) {
+      const int64_t k1 = std::min(depth, k0 + k_block);
       const bool last = k1 == depth;
       pack_planes(l, g, whole, pixel(0), k0, k1, packed, block);
       for (int64_t p = whole; p < g.count; p++) pack(l, gather[p], pixel(p), g.vectors(p), k0, k1, packed + p * block);
