@@ -401,7 +401,14 @@ struct Panels {
   int nv;
   int64_t start(int64_t p) const { return p * nv - std::max<int64_t>(0, p - wide); }
   int vectors(int64_t p) const { return p < wide ? nv : nv - 1; }
+  Panels first(int64_t n) const { return {n, std::min(n, wide), nv}; }
 };
+
+// As equal as can be: with 13 vectors 4, 3, 3 and 3.
+static Panels split(int64_t vectors) {
+  const int64_t count = (vectors + GP_MAX_NV - 1) / GP_MAX_NV, rest = vectors % count;
+  return {count, rest ? rest : count, int((vectors + count - 1) / count)};
+}
 
 // Rows [k0, k1) of the first n panels from pixel n0 on, which lie side by side: a plane at a time, since its pages are
 // far from those of the next, and what follows in it comes by itself. Panel p goes to `to + p * block`.
@@ -485,13 +492,10 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   packed += rows * L;
   if (sums) std::memset(totals, 0, rows * L * sizeof(float));
   Gather gather[MAX_GROUP];
-  // Panels as equal as can be: with 13 vectors 4, 3, 3 and 3.
   for (int64_t left = v1 - v0, v = v0; left > 0;) {
-    const int64_t all = (left + GP_MAX_NV - 1) / GP_MAX_NV, wide = left % all ? left % all : all;
+    const Panels all = split(left);
     // Few panels are one group, so that weights are fetched once, and tiles of both heights end after STEP rows.
-    Panels g{all <= most ? all : std::min(most, wide), wide, int((left + all - 1) / all)};
-    g.wide = std::min(g.wide, g.count);
-    const bool mixed = g.wide < g.count;
+    const Panels g = all.first(all.count <= most ? all.count : std::min(most, all.wide));
     // One panel or two: longer blocks, which take no more of the cache, since weights then come in longer runs.
     const int64_t k_block = K_BLOCK * std::max<int64_t>(1, LEAST_GROUP / g.count);
     const int64_t width = g.nv * L, block = width * k_block, acc_panel = rows * width;
@@ -507,11 +511,12 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
       const bool last = k1 == depth;
       pack_planes(l, g, whole, pixel(0), k0, k1, packed, block);
       for (int64_t p = whole; p < g.count; p++) pack(l, gather[p], pixel(p), g.vectors(p), k0, k1, packed + p * block);
-      const int64_t step = mixed ? STEP : TILE_ROWS[g.nv];
+      const int64_t step = g.wide < g.count ? STEP : TILE_ROWS[g.nv];
       for (int64_t s0 = r0; s0 < r1; s0 += step)
-        for (int64_t p0 = 0; p0 < g.count; p0 = p0 < g.wide ? g.wide : g.count) {
+        for (int64_t p0 = 0, p1; p0 < g.count; p0 = p1) {
+          p1 = p0 < g.wide ? g.wide : g.count;
           const int nv = g.vectors(p0), tall = TILE_ROWS[nv];
-          const int64_t p1 = p0 < g.wide ? g.wide : g.count, s1 = std::min(s0 + step, r1);
+          const int64_t s1 = std::min(s0 + step, r1);
           for (int64_t r = s0; r < s1; r += tall) {
             const int height = int(std::min<int64_t>(tall, s1 - r));
             const float *row[16], *ahead[16];

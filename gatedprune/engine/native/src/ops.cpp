@@ -85,8 +85,10 @@ optional<Tensor> contiguous(const optional<Tensor>& t) {
 
 // As it is where only its rows lie apart.
 Tensor with_rows(const Tensor& weight) {
-  const bool rows = weight.size(0) > 0 && weight[0].is_contiguous() && weight.stride(0) >= weight[0].numel();
-  return rows ? weight : weight.contiguous();
+  int64_t row = 1;
+  bool dense = true;
+  for (int64_t d = weight.dim() - 1; d > 0; row *= weight.size(d--)) dense &= weight.size(d) == 1 || weight.stride(d) == row;
+  return dense && weight.stride(0) >= row ? weight : weight.contiguous();
 }
 
 template <typename T>

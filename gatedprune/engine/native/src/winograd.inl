@@ -153,9 +153,9 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
   Places places[W_MAX_GROUP][GP_MAX_NV];
   const int64_t begin = h0 * l.width, end = h1 * l.width;
   for (int64_t left = (end - begin + L - 1) / L, n0 = begin; left > 0;) {
-    const int64_t panels = (left + GP_MAX_NV - 1) / GP_MAX_NV;
-    const int nv = int((left + panels - 1) / panels), tall = TILE_ROWS[nv];
-    const int64_t alike = left % panels ? left % panels : panels, group = std::min(most, alike);
+    const Panels all = split(left);
+    const int nv = all.nv, tall = TILE_ROWS[nv];
+    const int64_t group = std::min(most, all.wide);
     const int64_t width = nv * L, position = width * W_BLOCK + APART, panel = 16 * position;
     const int64_t acc_position = width * rows + APART, acc_panel = 16 * acc_position;
     float* acc = packed + group * panel;
