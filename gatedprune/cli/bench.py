@@ -56,6 +56,13 @@ __all__ = ["command"]
     help="What computes the dynamic model.",
 )
 @rank_option
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What the models and images are converted to. The native engine computes bfloat16 models in float32.",
+)
 @click.option("--tune", is_flag=True, help="Choose each layer's backend by timing it.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that are timed.")
 @json_option
@@ -64,7 +71,8 @@ __all__ = ["command"]
 )
 def command(model: Build, sizes: tuple[tuple[int, int], ...], ratios: list[float],
           batches: list[int], threads: list[int], runtimes: tuple[str, ...], backend: str,
-          rank: int | None, tune: bool, repeats: int, file: Path | None, plot: Path | None) -> None:  # fmt: skip
+          rank: int | None, dtype: str, tune: bool, repeats: int, file: Path | None,
+          plot: Path | None) -> None:  # fmt: skip
     """How fast: dense, static and dynamic timed together, over sizes, ratios, batches and threads.
 
     \b
@@ -85,7 +93,7 @@ def command(model: Build, sizes: tuple[tuple[int, int], ...], ratios: list[float
         count = len(shapes) * len(ratios) * len(batches) * len(threads)
         with click.progressbar(length=count, label="timing", file=sys.stderr) as bar:
             return run(network, shapes, ratios=ratios, batches=batches, threads=threads, runtimes=runtimes,
-                       backend=backend, tune=tune, rank=rank, repeats=repeats,
+                       backend=backend, tune=tune, rank=rank, dtype=getattr(torch, dtype), repeats=repeats,
                        on_cell=lambda _: bar.update(1))  # fmt: skip
 
     if plot is not None and importlib.util.find_spec("matplotlib") is None:

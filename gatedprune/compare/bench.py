@@ -86,12 +86,14 @@ class Benchmark:
         model: Name of the model.
         cells: One for each size, ratio, batch and number of threads.
         backend: What computed the dynamic model: "native" or "torch".
+        dtype: What all three models were converted to, "float32" or "bfloat16".
         environment: Machine, versions and commit.
     """
 
     model: str
     cells: tuple[Cell, ...]
     backend: str
+    dtype: str
     environment: Environment
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class Benchmark:
         return "\n".join([
             self.model, *lines,
             f"ms a call, medians of {repeats}, one process, alternating; MACs: dynamic/dense; realised: time saved "
-            f"over MACs saved; engine: {self.backend}",
+            f"over MACs saved; engine: {self.backend}; {self.dtype}",
             f"{self.environment.processor}, torch {self.environment.packages['torch']}", *notes,
         ])  # fmt: skip
 
@@ -171,6 +173,7 @@ def bench(
     backend: str = "auto",
     tune: bool = False,
     rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
     warmup: int = 3,
     repeats: int = 20,
     on_cell: Callable[[Cell], None] | None = None,
@@ -183,11 +186,12 @@ def bench(
         ratios, batches, threads: What else is varied; every combination is a cell.
         runtimes: Also time the static model in these, names of `RUNTIMES`; with "compile" the dynamic one too.
         backend, tune: See `compact`. rank: Of predictors, see `gatedprune.wrap`.
+        dtype: Convert the models and the images to this before they are timed; equality is checked in float32.
         warmup, repeats: See `measure_latency`.
         on_cell: Called with each cell as it is done, for a progress bar.
 
     Raises:
-        ConfigError: Nothing to do, or an unknown runtime.
+        ConfigError: Nothing to do, an unknown runtime, or a runtime in another type than float32.
         ModelError: No site was found, or the dynamic model does not equal the masked one.
         ImportError: torch-pruning, thop or a runtime is not installed.
     """
@@ -196,6 +200,8 @@ def bench(
     unknown = [r for r in runtimes if r not in RUNTIMES]
     if unknown:
         raise ConfigError(f"Unknown runtime {unknown[0]!r}. Known: {', '.join(RUNTIMES)}.")
+    if runtimes and dtype is not torch.float32:
+        raise ConfigError(f"Runtimes are timed in float32. Leave out `runtimes`, or `dtype` {dtype}.")
     cells, used = [], "torch"
     for size, ratio in itertools.product(sizes, ratios):
         one = torch.randn(1, 3, *size)
@@ -217,6 +223,8 @@ def bench(
             x = torch.randn(batch, 3, *size)
             difference = check_equality(gated, fast, (x,)).native
             timed = dict(models)
+            if dtype is not torch.float32:
+                timed, x = {name: copy.deepcopy(m).to(dtype) for name, m in models.items()}, x.to(dtype)
             if "compile" in runtimes:
                 torch._dynamo.reset()  # what was compiled for other cells; not between those of one cell
             for runtime in runtimes if "static" in models else ():
@@ -230,7 +238,8 @@ def bench(
                     on_cell(cells[-1])
     config = getattr(model, "default_cfg", None)
     name = config.get("architecture") if isinstance(config, dict) else None
-    return Benchmark(str(name or type(model).__name__), tuple(cells), used, environment())
+    kind = str(dtype).removeprefix("torch.")
+    return Benchmark(str(name or type(model).__name__), tuple(cells), used, kind, environment())
 
 
 def _number(value: float | None) -> str:

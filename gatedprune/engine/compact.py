@@ -25,6 +25,7 @@ __all__ = ["CompactModel", "compact"]
 
 
 BACKENDS = ("auto", "native", "torch")
+_HALF = {torch.bfloat16, torch.float16}
 
 
 def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "auto",
@@ -35,12 +36,16 @@ def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "aut
     equals the gated model in eval mode up to rounding, takes any batch size and any device, and is a snapshot: training
     the gated model further does not change it.
 
+    A bfloat16 or float16 model on the CPU takes and returns tensors of its type, and the native backend computes it in
+    float32, which its weights fit in exactly: it then equals ``gated.float()``, which has its choices from unrounded
+    saliencies.
+
     Args:
         gated: What `gatedprune.wrap` returned. Left as it is.
         example_inputs: A tensor (B, C, H, W) or a tuple of arguments to lower the model for at once; default: from the
             timm configuration. Other image sizes are lowered when they first come (a second or two each).
 
-        backend: "native": the C++ engine, for float32 on the CPU, built when first used (about half a minute, once);
+        backend: "native": the C++ engine, on the CPU, in float32, built when first used (about half a minute, once);
             "torch": plain PyTorch, anywhere; "auto": native where it can be had and the input fits it.
         share: "sample": every sample has its own active sets; "batch": the batch has one, from the mean over its
             samples of what the gates see, so that its layers run as one; outputs then depend on the batch.
@@ -63,6 +68,7 @@ def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "aut
     model = CompactModel(gated, backend, share)
     if isinstance(tune, Mapping):
         model.tuning = dict(tune)
+    inputs = model._as_computed(inputs)
     graph = model.prepare(*inputs)
     if tune is True and model.backend == "native":
         if share == "sample" and any(gate.varies for gate in model.gates.values()):
@@ -86,6 +92,7 @@ class CompactModel(nn.Module):
         self._settle(source)
         # Not a submodule: its parameters live on in the lowered graphs, and it is never called.
         self.__dict__["_source"] = source
+        self._half = self._widen()
         self._lowered = nn.ModuleDict()
         self._programs = Programs()
         self._last = ""
@@ -95,8 +102,32 @@ class CompactModel(nn.Module):
     def _settle(self, source: GatedModel) -> None:
         """For subclasses: what is to differ in the snapshot."""
 
+    def _widen(self) -> torch.dtype | None:
+        """Hold a bfloat16 or float16 model in float32 if the native backend is to compute it; its own type, or None."""
+        source: GatedModel = self.__dict__["_source"]
+        values = [t for t in (*source.parameters(), *source.buffers()) if t.is_floating_point()]
+        kinds = {t.dtype for t in values}
+        if self._asked == "torch" or len(kinds) != 1 or not kinds <= _HALF:
+            return None
+        if any(t.device.type != "cpu" for t in values) or not native.load():
+            return None
+        source.float()
+        return kinds.pop()
+
+    def _as_computed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments in the type that the model is computed in."""
+        if self._half is None:
+            return args
+        return tuple(a.float() if isinstance(a, Tensor) and a.dtype is self._half else a for a in args)
+
+    def source(self) -> GatedModel:
+        """The gated model that this one is a snapshot of, in its own type."""
+        source: GatedModel = self.__dict__["_source"]
+        return source if self._half is None else copy.deepcopy(source).to(self._half)
+
     def prepare(self, *args: Any) -> fx.GraphModule:
         """Lower the model for arguments of these shapes (any batch size); done once for each image size."""
+        args = self._as_computed(args)
         key = self._find(args)
         if key is None:
             key = self._lower(args)
@@ -112,11 +143,20 @@ class CompactModel(nn.Module):
         first = next(self.__dict__["_source"].parameters(), None)
         fits = first is not None and first.device.type == "cpu" and first.dtype is torch.float32
         if self._asked == "native" and not fits:
-            raise BackendError("backend='native' computes float32 on the CPU. Use backend='auto' for anything else.")
+            raise BackendError(
+                "backend='native' computes float32, bfloat16 and float16 models on the CPU, of one type throughout. "
+                "Use backend='auto' for anything else."
+            )
         return self._asked != "torch" and fits and native.load()
 
     def forward(self, *args: Any) -> Any:
         """Like the gated model's: any batch size, including 0; every sample has its own active channels."""
+        if self._half is None:
+            return self._forward(args)
+        half, y = self._half, self._forward(self._as_computed(args))
+        return tree_map(lambda t: t.to(half) if isinstance(t, Tensor) and t.dtype is torch.float32 else t, y)
+
+    def _forward(self, args: tuple[Any, ...]) -> Any:
         key = self._programs.key(args)
         program = self._programs.find(key)
         if program is not None:
@@ -219,7 +259,11 @@ class CompactModel(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompactModel:
         # .to(), .double(), .cuda(): convert the source, and lower again when next called.
-        self.__dict__["_source"]._apply(fn)
+        source: GatedModel = self.__dict__["_source"]
+        if self._half is not None:
+            source.to(self._half)  # exact, since its values came from there
+        source._apply(fn)
+        self._half = self._widen()
         self._lowered.clear()
         self._programs.clear()
         self._last, self._chosen = "", None

@@ -148,7 +148,7 @@ def _source(model: nn.Module) -> tuple[GatedModel, str]:
     """The gated model on the CPU, in eval mode, and how its active sets are shared."""
     share = "sample"
     if isinstance(model, CompactModel):
-        share, model = model.share, model.__dict__["_source"]
+        share, model = model.share, model.source()
     if not isinstance(model, GatedModel):
         raise ModelError(
             "export() takes a model that gatedprune.wrap() or gatedprune.compact() returned. "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from torch import Tensor
 
 from gatedprune.compare import bench as module
 from gatedprune.compare.bench import Benchmark, Cell, bench
@@ -46,6 +48,26 @@ def test_predictors_of_low_rank(result: Benchmark) -> None:
     assert "predictors of rank 4" in str(found)
 
 
+def test_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three are converted before they are timed, and the caller's model stays as it is."""
+    seen: dict[str, set[torch.dtype]] = {}
+    real = module.measure_latency
+
+    def watched(models: dict[str, Callable[[Tensor], Tensor]], x: Tensor, **options: int) -> dict[str, Latency]:
+        with torch.no_grad():
+            seen.update({name: {x.dtype, m(x).dtype} for name, m in models.items()})
+        return real(models, x, **options)
+
+    monkeypatch.setattr(module, "measure_latency", watched)
+    model = timm.create_model("test_resnet").eval()
+    found = bench(model, [(64, 96)], dtype=torch.bfloat16, repeats=1, warmup=0)
+    assert seen == dict.fromkeys(("dense", "static", "dynamic"), {torch.bfloat16})
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "bfloat16" in str(found) and found.to_dict()["dtype"] == "bfloat16"
+    with pytest.raises(ConfigError, match="timed in float32"):
+        bench(model, [(64, 96)], dtype=torch.bfloat16, runtimes=["recorded"])
+
+
 def cell(dense: float, dynamic: float, macs: int) -> Cell:
     def latency(ms: float) -> Latency:
         return Latency(ms, ms, ms, 3, 1, 1, "cpu")
@@ -63,7 +85,7 @@ def test_what_is_derived() -> None:
 
 
 def test_a_missing_column_is_explained() -> None:
-    text = str(Benchmark("m", (cell(100.0, 50.0, 40),), "torch", environment()))
+    text = str(Benchmark("m", (cell(100.0, 50.0, 40),), "torch", "float32", environment()))
     assert "no static column: because" in text and "83%" in text
 
 

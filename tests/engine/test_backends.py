@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -81,14 +82,50 @@ def test_input_and_intermediate_values_survive() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("change", ["double", "half"])
-def test_what_native_does_not_compute_is_refused_or_left_to_pytorch(change: str) -> None:
+def test_what_native_does_not_compute_is_refused_or_left_to_pytorch() -> None:
     gated, x = gate_up("test_resnet")
-    with pytest.raises(BackendError, match="float32 on the CPU"):
-        getattr(compact(gated, x, backend="native"), change)()(x)
+    with pytest.raises(BackendError, match="float16 models on the CPU"):
+        compact(gated, x, backend="native").double()(x)
     other = compact(gated, x).double()
     assert other.backend == "torch"
     other(x.double())
+    mixed = copy.deepcopy(gated).bfloat16()
+    next(m for m in mixed.modules() if isinstance(m, nn.BatchNorm2d)).float()
+    assert compact(mixed, x.bfloat16()).backend == "torch"
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+    gated, x = gate_up(name)
+    half, images = copy.deepcopy(gated).to(dtype), x.to(dtype)
+    fast, wide = compact(half, images), copy.deepcopy(half).float()
+    with torch.no_grad():
+        y, wanted = fast(images), wide(images.float())
+        again = fast(images)  # recorded by now
+    assert fast.backend == "native" and y.dtype is dtype
+    assert all(torch.equal(fast.last_active[n], wide.gates[n].last_active) for n in gated.gates)
+    torch.testing.assert_close(y, wanted.to(dtype), rtol=1.6e-2, atol=1e-2 * float(wanted.abs().max()))
+    assert torch.equal(again, y)
+
+
+@needs_native
+def test_half_precision_comes_back_as_it_was() -> None:
+    gated, x = gate_up("test_resnet")
+    half = copy.deepcopy(gated).bfloat16()
+    fast = compact(half, x.bfloat16())
+    with torch.no_grad():
+        y = fast(x.bfloat16())
+        wide = copy.deepcopy(fast).float()
+        assert wide.backend == "native" and wide(x).dtype is torch.float32
+        torch.testing.assert_close(wide(x.bfloat16().float()).bfloat16(), y)
+        assert fast.float().bfloat16()(x.bfloat16()).dtype is torch.bfloat16
+        torch.testing.assert_close(fast(x.bfloat16()), y)
+        assert fast(x[:0].bfloat16()).dtype is torch.bfloat16
+    state = fast.source().state_dict()
+    assert state.keys() == half.state_dict().keys()
+    assert all(torch.equal(state[k], v) and state[k].dtype is v.dtype for k, v in half.state_dict().items())
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
