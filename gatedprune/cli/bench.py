@@ -61,7 +61,7 @@ __all__ = ["command"]
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="What the models and images are converted to. The native engine computes bfloat16 models in float32.",
+    help="What the models and images are converted to.",
 )
 @click.option("--tune", is_flag=True, help="Choose each layer's backend by timing it.")
 @click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Rounds that are timed.")

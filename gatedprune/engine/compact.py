@@ -36,16 +36,17 @@ def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "aut
     equals the gated model in eval mode up to rounding, takes any batch size and any device, and is a snapshot: training
     the gated model further does not change it.
 
-    A bfloat16 or float16 model on the CPU takes and returns tensors of its type, and the native backend computes it in
+    A bfloat16 or float16 model on the CPU takes and returns tensors of its type. The native backend computes it in
     float32, which its weights fit in exactly: it then equals ``gated.float()``, which has its choices from unrounded
-    saliencies.
+    saliencies. Where the CPU multiplies bfloat16 numbers (AVX512_BF16), layers of a bfloat16 model do so, and add in
+    float32: equal but for the rounding of each layer's input and folded weight.
 
     Args:
         gated: What `gatedprune.wrap` returned. Left as it is.
         example_inputs: A tensor (B, C, H, W) or a tuple of arguments to lower the model for at once; default: from the
             timm configuration. Other image sizes are lowered when they first come (a second or two each).
 
-        backend: "native": the C++ engine, on the CPU, in float32, built when first used (about half a minute, once);
+        backend: "native": the C++ engine, on the CPU, not for float64, built when first used (about half a minute, once);
             "torch": plain PyTorch, anywhere; "auto": native where it can be had and the input fits it.
         share: "sample": every sample has its own active sets; "batch": the batch has one, from the mean over its
             samples of what the gates see, so that its layers run as one; outputs then depend on the batch.
@@ -253,7 +254,9 @@ class CompactModel(nn.Module):
         return key
 
     def _graph(self, analysis: Analysis) -> fx.GraphModule:
-        graph = lower(analysis, self.gates, self._native(), self.share == "batch")
+        # Where the CPU has no such products, rounding weights for them would cost accuracy and win nothing.
+        bfloat16 = self._half is torch.bfloat16 and torch.ops.gatedprune.multiplies_bfloat16()
+        graph = lower(analysis, self.gates, self._native(), self.share == "batch", bfloat16=bfloat16)
         apply_tuning(graph, self.tuning)
         return graph
 

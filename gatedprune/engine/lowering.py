@@ -27,8 +27,9 @@ __all__ = ["lower"]
 
 
 def lower(
-    analysis: Analysis, gates: dict[str, Gate], native: bool = False, shared: bool = False, fused: bool = True
-) -> fx.GraphModule:
+    analysis: Analysis, gates: dict[str, Gate], native: bool = False, shared: bool = False, fused: bool = True,
+    bfloat16: bool = False,
+) -> fx.GraphModule:  # fmt: skip
     """The graph of ``analysis`` with its gated sites computed narrow.
 
     Args:
@@ -37,8 +38,9 @@ def lower(
         native: Let the native backend compute what it can.
         shared: One active set for the whole batch.
         fused: Let layers take in what follows them.
+        bfloat16: Let native layers multiply in bfloat16, where that pays.
     """
-    lowering = Lowering(analysis, gates, native, shared)
+    lowering = Lowering(analysis, gates, native, shared, bfloat16)
     lowering.run()
     if fused:
         fuse(lowering.root, lowering.graph, lowering.shapes())
@@ -48,8 +50,9 @@ def lower(
 class Lowering:
     """One pass over a captured graph; ``env`` maps its nodes to lowered ones, ``state`` says how each is held."""
 
-    def __init__(self, analysis: Analysis, gates: dict[str, Gate], native: bool, shared: bool) -> None:
+    def __init__(self, analysis: Analysis, gates: dict[str, Gate], native: bool, shared: bool, bfloat16: bool) -> None:
         self.flow, self.gates, self.native, self.shared = analysis.flow, gates, native, shared
+        self.bfloat16 = bfloat16
         self.sites = {name: analysis.sites[name] for name in gates}
         self.names = list(self.sites)
         self.layouts = Layouts(analysis, self.names)
@@ -293,6 +296,11 @@ class Lowering:
         if plain and not (self.native and name == "conv2d" and _native_when_plain(weight, options)):
             return self._apply_gain(node, self.module(self.name(node), _plain(name, weight, bias, options), (value,)))
         fast = self.native and name == "conv2d" and winograd.pays(weight, options, node.meta["val"].shape[2:])
+        shape = node.meta["val"].shape
+        positions = (shape[2:] if name == "conv2d" else shape[1:-1]).numel()
+        # Below a vector of pixels, gathering the weights' pairs would take longer than multiplying by them.
+        if self.native and self.bfloat16 and not fast and weight.shape[1] > 1 and positions >= 16:
+            weight = weight.bfloat16()
         if self.native and norm is not None and not fast:  # without a norm it is the source model's own
             weight = rows_apart(weight)
         if name == "conv2d":

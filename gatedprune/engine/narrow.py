@@ -57,7 +57,8 @@ class NarrowConv2d(nn.Module):
     """A convolution over active sets, its batch norm folded in, and what follows it: residual, activation, subsample.
 
     Args:
-        weight: (C_out, C_in/groups, kh, kw), full. bias: (C_out,) or None.
+        weight: (C_out, C_in/groups, kh, kw), full; bfloat16: the native backend multiplies in it and adds in float32.
+        bias: (C_out,) or None.
         whole_groups: Active groups are complete and others absent; False: every group has the same active channels.
         native: Use the native backend where it can (float32 on the CPU).
         winograd: Let the native backend compute it by F(2×2, 3×3): see `winograd`.
@@ -97,7 +98,7 @@ class NarrowConv2d(nn.Module):
 
     def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
                 gain: Tensor | None = None, residual: Tensor | None = None) -> Any:  # fmt: skip
-        if self.native and fits(x) and self.weight.dtype is torch.float32:
+        if self.native and fits(x) and self.weight.dtype in (torch.float32, torch.bfloat16):
             rest = (
                 self.stride, self.padding, self.dilation, self.groups, self.whole_groups, self.activation,
                 self.subsample, self.winograd,
@@ -110,7 +111,7 @@ class NarrowConv2d(nn.Module):
                     x, self.weight, self.bias, in_index, out_index, gain, residual, *rest)  # fmt: skip
             return (y, s) if self.subsample else y
         groups = x.shape[1] // self.weight.shape[1] if self.whole_groups else self.groups
-        weight = self.spatial_weight()
+        weight = self.spatial_weight().to(x.dtype)
 
         def run(one: Tensor, b: int) -> Tensor:
             w, c = gather_rows(weight, self.bias, in_index, out_index, gain, b, grouped=self.whole_groups)
@@ -149,7 +150,7 @@ class NarrowLinear(nn.Module):
 
     def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
                 gain: Tensor | None = None, residual: Tensor | None = None) -> Tensor:  # fmt: skip
-        if self.native and fits(x) and self.weight.dtype is torch.float32:
+        if self.native and fits(x) and self.weight.dtype in (torch.float32, torch.bfloat16):
             y: Tensor = torch.ops.gatedprune.linear(
                 x, self.weight, self.bias, in_index, out_index, gain, residual, self.activation,
                 self.x_columns, self.y_columns,
@@ -157,7 +158,7 @@ class NarrowLinear(nn.Module):
             return y
 
         def run(one: Tensor, b: int) -> Tensor:
-            return F.linear(one, *gather_rows(self.weight, self.bias, in_index, out_index, gain, b))
+            return F.linear(one, *gather_rows(self.weight.to(x.dtype), self.bias, in_index, out_index, gain, b))
 
         x = x.movedim(1, -1) if self.x_columns else x
         y = _follow(_per_sample(x, _samples(in_index, out_index), run), residual, self.activation)

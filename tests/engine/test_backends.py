@@ -97,7 +97,8 @@ def test_what_native_does_not_compute_is_refused_or_left_to_pytorch() -> None:
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
-def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_computed_as_if_in_float32(name: str, dtype: torch.dtype) -> None:
+    """float16: in float32. bfloat16, where the CPU multiplies it: products of rounded numbers, all else in float32."""
     gated, x = gate_up(name)
     half, images = copy.deepcopy(gated).to(dtype), x.to(dtype)
     fast, wide = compact(half, images), copy.deepcopy(half).float()
@@ -105,9 +106,30 @@ def test_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) ->
         y, wanted = fast(images), wide(images.float())
         again = fast(images)  # recorded by now
     assert fast.backend == "native" and y.dtype is dtype
-    assert all(torch.equal(fast.last_active[n], wide.gates[n].last_active) for n in gated.gates)
-    torch.testing.assert_close(y, wanted.to(dtype), rtol=1.6e-2, atol=1e-2 * float(wanted.abs().max()))
     assert torch.equal(again, y)
+    pairs = [(fast.last_active[n], wide.gates[n].last_active) for n in gated.gates]
+    rounds = dtype is torch.bfloat16 and torch.ops.gatedprune.multiplies_bfloat16()
+    same = sum(int((a[:, :, None] == b[:, None]).sum()) for a, b in pairs) / sum(b.numel() for _, b in pairs)
+    assert same > 0.99 if rounds else same == 1.0
+    error = float((y.float() - wanted).norm() / wanted.norm())
+    assert error < (1e-2 if rounds else 5e-3 if dtype is torch.bfloat16 else 1e-3)
+    kinds = {m.weight.dtype for m in fast.modules() if isinstance(m, (NarrowConv2d, NarrowLinear))}
+    assert (torch.bfloat16 in kinds) == rounds
+
+
+@needs_native
+def test_bfloat16_can_be_tuned_and_moved() -> None:
+    gated, x = gate_up("test_convnext")
+    half, images = copy.deepcopy(gated).bfloat16(), x.bfloat16()
+    fast = compact(half, images)
+    with torch.no_grad():
+        y = fast(images).float()
+        (graph,) = fast._lowered.values()
+        paths = [n for n, m in graph.named_modules() if isinstance(m, NarrowLinear)]
+        plain = compact(half, images, tune=dict.fromkeys(paths, "torch"))
+        assert paths and not any(m.native for m in plain.modules() if isinstance(m, NarrowLinear))
+        torch.testing.assert_close(plain(images).float(), y, rtol=0, atol=1e-2 * float(y.abs().max()))
+        assert compact(half, images, tune=True)(images).dtype is torch.bfloat16
 
 
 @needs_native
@@ -119,7 +141,8 @@ def test_half_precision_comes_back_as_it_was() -> None:
         y = fast(x.bfloat16())
         wide = copy.deepcopy(fast).float()
         assert wide.backend == "native" and wide(x).dtype is torch.float32
-        torch.testing.assert_close(wide(x.bfloat16().float()).bfloat16(), y)
+        wanted = wide(x.bfloat16().float()).bfloat16()
+        torch.testing.assert_close(wanted, y, rtol=0, atol=1e-2 * float(y.abs().max()))
         assert fast.float().bfloat16()(x.bfloat16()).dtype is torch.bfloat16
         torch.testing.assert_close(fast(x.bfloat16()), y)
         assert fast(x[:0].bfloat16()).dtype is torch.bfloat16

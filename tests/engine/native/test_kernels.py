@@ -55,8 +55,13 @@ def subsets(samples: int, channels: int, count: int, generator: torch.Generator)
     return torch.stack(rows) if rows else torch.zeros(0, count, dtype=torch.long)
 
 
+def rounded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """To numbers that bfloat16 holds: float32 holds their products, and such a kernel meets the same tolerance."""
+    return tuple(t.bfloat16().float() for t in tensors)
+
+
 @st.composite
-def convolutions(draw: st.DrawFn, winograd: bool = False) -> dict:
+def convolutions(draw: st.DrawFn, winograd: bool = False, bfloat16: bool = False) -> dict:
     kernel = draw(st.sampled_from([(1, 1), (1, 1), (3, 3), (5, 5), (1, 7), (3, 1), (2, 2), (4, 3)]))
     dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
     stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
@@ -68,7 +73,7 @@ def convolutions(draw: st.DrawFn, winograd: bool = False) -> dict:
         "channels": draw(st.tuples(st.integers(1, 80), st.integers(1, 80))),
         "ratio": draw(st.tuples(st.floats(0, 1), st.floats(0, 1))),
         "given": draw(st.tuples(*[st.booleans()] * 5)),
-        "kernel": kernel, "dilation": dilation, "stride": stride, "winograd": winograd,
+        "kernel": kernel, "dilation": dilation, "stride": stride, "winograd": winograd, "bfloat16": bfloat16,
         "padding": draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
         "size": (draw(st.integers(room[0], 40)), draw(st.integers(room[1], 70))),
         "activation": draw(st.sampled_from(["", *ACTIVATIONS])),
@@ -88,6 +93,12 @@ def test_winograd(case: dict) -> None:
     check_convolution(case)
 
 
+@given(convolutions(bfloat16=True))
+@FUZZ
+def test_bfloat16_weights(case: dict) -> None:
+    check_convolution(case)
+
+
 def check_convolution(case: dict) -> None:
     g = torch.Generator().manual_seed(case["seed"])
     batch, (cin, cout) = case["batch"], case["channels"]
@@ -102,6 +113,8 @@ def check_convolution(case: dict) -> None:
     elif case["layout"] == "strided":
         x = torch.stack([x, -x], -1)[..., 0]
     weight = torch.randn(cout, cin, *case["kernel"], generator=g) / (cin * 3) ** 0.5
+    if case["bfloat16"]:
+        x, weight = rounded(x, weight)
     bias = torch.randn(cout, generator=g) if with_bias else None
     per_sample = some_in or some_out
     gain = torch.rand(batch if per_sample else 1, kout, generator=g) if with_gain else None
@@ -118,6 +131,7 @@ def check_convolution(case: dict) -> None:
     torch.set_num_threads(case["threads"])
     try:
         weight = transform_weight(weight) if case["winograd"] else weight
+        weight = weight.bfloat16() if case["bfloat16"] else weight
         rest = (*options, 1, True, case["activation"], True, case["winograd"])
         found, mean = ops.conv2d(x, weight, bias, in_index, out_index, gain, residual, *rest)
         torch.testing.assert_close(found.double(), want, **CLOSE)
@@ -132,35 +146,39 @@ def check_convolution(case: dict) -> None:
 
 @pytest.mark.parametrize("size", [(56, 56), (7, 7), (1, 1), (15, 20), (3, 200)])
 @pytest.mark.parametrize("channels", [(300, 513), (513, 12), (1, 1)])
-@pytest.mark.parametrize(("kernel", "winograd"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("kernel", "how"), [(1, ""), (3, ""), (3, "winograd"), (1, "bfloat16"), (3, "bfloat16")])
 def test_convolution_over_several_blocks(size: tuple[int, int], channels: tuple[int, int], kernel: int,
-                                         winograd: bool) -> None:  # fmt: skip
+                                         how: str) -> None:  # fmt: skip
     """More input channels than a block holds, more weights than a cache: groups of panels, blocks that add up."""
     g = torch.Generator().manual_seed(0)
     cin, cout = channels
     kin, kout = (cin + 1) // 2, (cout + 1) // 2
     x = torch.randn(2, kin, *size, generator=g)
     weight = torch.randn(cout, cin, kernel, kernel, generator=g) / (cin * kernel**2) ** 0.5
+    if how == "bfloat16":
+        x, weight = rounded(x, weight)
     index = subsets(2, cin, kin, g), subsets(2, cout, kout, g)
     options = ((1, 1), (kernel // 2,) * 2, (1, 1))
     want = indexed_conv2d(x.double(), weight.double(), None, *index, None, *options)
-    weight = transform_weight(weight) if winograd else weight
-    found, mean = ops.conv2d(x, weight, None, *index, None, None, *options, 1, True, "", True, winograd)
+    weight = transform_weight(weight) if how == "winograd" else weight.bfloat16() if how == "bfloat16" else weight
+    found, mean = ops.conv2d(x, weight, None, *index, None, None, *options, 1, True, "", True, how == "winograd")
     torch.testing.assert_close(found.double(), want, **CLOSE)
     torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize(("per_group", "stride"), [((1, 1), 1), ((1, 1), 2), ((4, 6), 1), ((16, 16), 2), ((1, 3), 1)])
-def test_groups(whole: bool, per_group: tuple[int, int], stride: int) -> None:
+def test_groups(dtype: torch.dtype, whole: bool, per_group: tuple[int, int], stride: int) -> None:
     g = torch.Generator().manual_seed(1)
     groups, (a, b) = 10, per_group
     weight, bias = torch.randn(groups * b, a, 3, 3, generator=g), torch.randn(groups * b, generator=g)
+    weight = weight.to(dtype)
     options = ((stride, stride), (1, 1), (1, 1))
     if whole:  # active groups are there with all their channels
         active = subsets(2, groups, 4, g)
         out_index = (active[:, :, None] * b + torch.arange(b)).flatten(1)
-        x = torch.randn(2, 4 * a, 9, 37, generator=g)
+        x = torch.randn(2, 4 * a, 9, 37, generator=g).to(dtype).float()
         want = torch.cat([
             F.conv2d(x[i : i + 1].double(), weight[out_index[i]].double(), bias[out_index[i]].double(), *options, 4)
             for i in range(2)
@@ -170,7 +188,7 @@ def test_groups(whole: bool, per_group: tuple[int, int], stride: int) -> None:
         kin, kout = max(1, a // 2), max(1, b // 2)
         in_index = subsets(2, a, kin, g)
         out_index = (torch.arange(groups)[None, :, None] * b + subsets(2, b, kout, g)[:, None]).flatten(1)
-        x = torch.randn(2, groups * kin, 9, 37, generator=g)
+        x = torch.randn(2, groups * kin, 9, 37, generator=g).to(dtype).float()
         want = torch.cat([
             F.conv2d(x[i : i + 1].double(), weight[out_index[i]][:, in_index[i]].double(),
                      bias[out_index[i]].double(), *options, groups)
@@ -214,17 +232,19 @@ def test_depthwise(seed: int, size: tuple[int, int], kernel: tuple[int, int], st
 @given(
     seed=st.integers(0, 10_000), batch=st.integers(1, 3), tokens=st.integers(1, 150), cin=st.integers(1, 200),
     cout=st.integers(1, 90), some=st.tuples(*[st.booleans()] * 5), columns=st.tuples(st.booleans(), st.booleans()),
-    activation=st.sampled_from(["", *ACTIVATIONS]),
+    activation=st.sampled_from(["", *ACTIVATIONS]), bfloat16=st.booleans(),
 )  # fmt: skip
 @FUZZ
 def test_linear(seed: int, batch: int, tokens: int, cin: int, cout: int, some: tuple[bool, ...],
-                columns: tuple[bool, bool], activation: str) -> None:  # fmt: skip
+                columns: tuple[bool, bool], activation: str, bfloat16: bool) -> None:  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     kin, kout = (cin + 1) // 2 if some[0] else cin, (cout + 1) // 2 if some[1] else cout
     in_index = subsets(batch, cin, kin, g) if some[0] else None
     out_index = subsets(batch, cout, kout, g) if some[1] else None
     x = torch.randn(batch, tokens, kin, generator=g)
     weight, bias = torch.randn(cout, cin, generator=g) / cin**0.5, torch.randn(cout, generator=g) if some[2] else None
+    if bfloat16:
+        x, weight = rounded(x, weight)
     gain = torch.rand(batch, kout, generator=g) if some[3] and (some[0] or some[1]) else None
     residual = torch.randn(batch, tokens, kout, generator=g) if some[4] and not columns[1] else None
     rows = []
@@ -237,8 +257,22 @@ def test_linear(seed: int, batch: int, tokens: int, cin: int, cout: int, some: t
     want = torch.stack(rows) if residual is None else torch.stack(rows) + residual
     want = ACTIVATIONS[activation](want) if activation else want
     given_x = x.movedim(-1, 1) if columns[0] else x
-    found = ops.linear(given_x, weight, bias, in_index, out_index, gain, residual, activation, *columns)
+    held = weight.bfloat16() if bfloat16 else weight
+    found = ops.linear(given_x, held, bias, in_index, out_index, gain, residual, activation, *columns)
     torch.testing.assert_close((found.movedim(1, -1) if columns[1] else found).double(), want, **CLOSE)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_pixels_are_rounded_to_the_nearest_bfloat16(indexed: bool, instruction_set: str) -> None:
+    if not ops.multiplies_bfloat16():
+        pytest.skip(f"{instruction_set} on this CPU multiplies in float32")
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 40, 6, 7, generator=g), torch.randn(9, 80 if indexed else 40, 1, 1, generator=g)
+    index = subsets(1, 80, 40, g) if indexed else None
+    rest = (None, index, None, None, None, [1, 1], [0, 0], [1, 1], 1, True, "", False)
+    found = ops.conv2d(x, weight.bfloat16(), *rest)[0]
+    torch.testing.assert_close(found, ops.conv2d(*rounded(x, weight), *rest)[0], **CLOSE)
+    assert (found - ops.conv2d(x, weight, *rest)[0]).abs().max() > 1e-3
 
 
 @given(

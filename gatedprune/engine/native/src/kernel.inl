@@ -195,6 +195,24 @@ struct Goal {
   float* sums;
 };
 
+#ifdef GP_PAIRS
+// The including file defines `dot` and `pair`, and weights are pairs of neighbours in a row.
+constexpr int64_t PAIR = 2;
+GP_INLINE V multiply_add(V a, V x, V s) { return dot(a, x, s); }
+// Rows 2i and 2i + 1 of a panel, side by side in row i; the last one beside zeros if there is no other.
+GP_INLINE void pair_rows(float* panel, int64_t rows, int64_t width) {
+  for (int64_t k = 0; k < rows; k += 2)
+    for (int64_t i = 0; i < width; i += L) {
+      const float* from = panel + k * width + i;
+      *(V*)(panel + k / 2 * width + i) = pair(*(const V*)from, k + 1 < rows ? *(const V*)(from + width) : V{});
+    }
+}
+#else
+constexpr int64_t PAIR = 1;
+GP_INLINE V multiply_add(V a, V x, V s) { return a + s * x; }
+GP_INLINE void pair_rows(float*, int64_t, int64_t) {}
+#endif
+
 // a[r][v] += w[r][q] * x[v].
 template <int R, int NV>
 GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)[NV]) {
@@ -202,7 +220,7 @@ GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)
   GP_UNROLL for (int v = 0; v < NV; v++) x[v] = *(const V*)(panel + v * L);
   GP_UNROLL for (int r = 0; r < R; r++) {
     const V s = splat(w[r][q]);
-    GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] += s * x[v];
+    GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = multiply_add(a[r][v], x[v], s);
   }
 }
 
@@ -480,7 +498,9 @@ static int64_t scratch(int64_t depth, int64_t rows, int64_t weight_bytes) {
   return group * width * (K_BLOCK + rows + 16) + rows * L + 64;
 }
 
-GP_INLINE const float* row_of(const Layer& l, int64_t r) { return l.weight + row_number(l, r) * l.ldw; }
+GP_INLINE const float* row_of(const Layer& l, int64_t r) {
+  return l.weight + (l.gathered >= 0 ? l.gathered + r : row_number(l, r)) * l.ldw;
+}
 
 GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* memory, float* sums) {
   static const TileTable tiles;
@@ -511,6 +531,8 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
       const bool last = k1 == depth;
       pack_planes(l, g, whole, pixel(0), k0, k1, packed, block);
       for (int64_t p = whole; p < g.count; p++) pack(l, gather[p], pixel(p), g.vectors(p), k0, k1, packed + p * block);
+      for (int64_t p = 0; p < g.count; p++) pair_rows(packed + p * block, k1 - k0, g.vectors(p) * L);
+      const int64_t q0 = k0 / PAIR, n = (k1 - k0 + PAIR - 1) / PAIR;  // in the weights' rows
       const int64_t step = g.wide < g.count ? STEP : TILE_ROWS[g.nv];
       for (int64_t s0 = r0; s0 < r1; s0 += step)
         for (int64_t p0 = 0, p1; p0 < g.count; p0 = p1) {
@@ -530,8 +552,8 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
             float* sum = sums ? totals + (r - r0) * L : nullptr;
             for (int64_t p = p0; p < p1; p++) {
               float* a = acc + p * acc_panel + (r - r0) * nv * L;
-              tiles.of[bounds && last][nv][height](row, l.columns + k0, k1 - k0, packed + p * block, a, k0 == 0,
-                                                   more && p == 0 ? ahead : nullptr, l.columns + (wrap ? k1 : k0),
+              tiles.of[bounds && last][nv][height](row, l.columns + q0, n, packed + p * block, a, k0 == 0,
+                                                   more && p == 0 ? ahead : nullptr, l.columns + (wrap ? q0 + n : q0),
                                                    Goal{&l, r, pixel(p), sum});
               if (last && !bounds && !l.tokens_out)
                 for (int i = 0; i < height; i++)

@@ -29,6 +29,7 @@ struct Layer {
   int64_t ldw;
   const int64_t* out;      // (R,) rows of the weight, or null: row r is first_row + r
   int64_t first_row;
+  int64_t gathered;        // row r is the row gathered + r of `weight`, and only the bias knows `out`; or -1
   const int32_t* columns;  // (K * taps,) offsets inside a row
 
   const float* bias;      // full, or null
@@ -96,8 +97,18 @@ struct Kernels {
   void (*winograd)(const Winograd&, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* scratch, float* sums);
 };
 
+// Of bfloat16 weights: rows as above, but of pairs of neighbours, as if each were a float; `ldw` and `columns` count pairs,
+// `channels` and `taps` values. Values of x are rounded to bfloat16; sums and all that follows are float32.
+struct PairKernels {
+  int64_t (*scratch)(int64_t depth, int64_t rows, int64_t weight_bytes);
+  void (*layer)(const Layer&, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* scratch, float* sums);
+  // The values of a row whose bits are set in `mask`, 32 a word, side by side.
+  void (*compress)(const uint16_t* from, const uint32_t* mask, int64_t words, uint16_t* to);
+};
+
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();    // null where the compiler does not know it
 const Kernels* kernels_avx512();  // null where the compiler does not know it
+const PairKernels* kernels_bfloat16();  // null where the compiler or the CPU does not know it
 
 }  // namespace gatedprune

@@ -91,10 +91,91 @@ Tensor with_rows(const Tensor& weight) {
   return dense && weight.stride(0) >= row ? weight : weight.contiguous();
 }
 
+const PairKernels* pair_kernels();
+
+// In float32 where the CPU has no kernel for bfloat16.
+Tensor readable(const Tensor& weight) {
+  return weight.scalar_type() == at::kBFloat16 && !pair_kernels() ? weight.to(at::kFloat) : weight;
+}
+
 template <typename T>
 const T* row_of(const optional<Tensor>& t, int64_t row) {
   return t ? t->const_data_ptr<T>() + row * t->size(1) : nullptr;
 }
+
+// The kernel for bfloat16 weights, or null.
+const PairKernels* pair_kernels() { return std::strcmp(kernels().name, "avx512") ? nullptr : kernels_bfloat16(); }
+
+// Whether the CPU multiplies bfloat16 numbers.
+bool multiplies_bfloat16() { return pair_kernels(); }
+
+// A weight as its kernel reads it: `sample` floats from one sample's to the next one's, rows `ldw` apart. bfloat16: in
+// pairs, either where they lie, or `gathered`: the active rows and columns side by side, since what is active need not lie
+// in pairs. Row by row that takes a fraction of the time of the products.
+struct Weights {
+  const float* data;
+  int64_t ldw, sample = 0, depth;
+  const bool pairs;
+  bool gathered = false;
+  std::vector<int32_t> columns;  // (samples, depth); one sample's serve all where they are pairs
+
+  Weights(const Tensor& weight, const optional<Tensor>& in_index, const optional<Tensor>& out_index, int64_t samples,
+          int64_t channels, int64_t each)
+      : pairs(weight.scalar_type() == at::kBFloat16) {
+    if (!pairs) {
+      data = weight.const_data_ptr<float>();
+      ldw = weight.dim() == 3 ? weight.size(2) : weight.stride(0);
+      depth = channels * each;
+      columns.resize(samples * depth);
+      for (int64_t s = 0; s < samples; s++) {
+        const int64_t* active = row_of<int64_t>(in_index, s);
+        int32_t* to = columns.data() + s * depth;
+        for (int64_t j = 0; j < channels; j++)
+          for (int64_t t = 0; t < each; t++) *to++ = int32_t((active ? active[j] : j) * each + t);
+      }
+      return;
+    }
+    depth = (channels * each + 1) / 2;
+    columns.resize(depth);
+    std::iota(columns.begin(), columns.end(), 0);
+    const int64_t row = weight.stride(0), whole = weight.numel() / std::max<int64_t>(1, weight.size(0));
+    const auto* from = reinterpret_cast<const uint16_t*>(weight.const_data_ptr<at::BFloat16>());
+    if (!in_index && whole % 2 == 0 && row % 2 == 0) {
+      data = reinterpret_cast<const float*>(from);
+      ldw = row / 2;
+      return;
+    }
+    gathered = true;
+    const int64_t rows = out_index ? out_index->size(1) : weight.size(0), words = (whole + 31) / 32;
+    ldw = depth;
+    sample = rows * ldw;
+    thread_local std::vector<float> side_by_side;  // for the next layer too: no page is asked for anew
+    if (int64_t(side_by_side.size()) < samples * sample) side_by_side.resize(samples * sample);
+    float* to = side_by_side.data();
+    data = to;
+    std::vector<uint32_t> masks(samples * words);
+    for (int64_t s = 0; s < samples; s++) {
+      const int64_t* active = row_of<int64_t>(in_index, s);
+      for (int64_t j = 0; j < channels; j++)
+        for (int64_t t = 0; t < each; t++) {
+          const int64_t bit = (active ? active[j] : j) * each + t;
+          masks[s * words + bit / 32] |= 1u << bit % 32;
+        }
+    }
+    const auto compress = kernels_bfloat16()->compress;
+    at::parallel_for(0, samples * rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, whole)),
+                     [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t s = i / rows, r = i % rows, o = out_index ? row_of<int64_t>(out_index, s)[r] : r;
+        auto* values = reinterpret_cast<uint16_t*>(to + i * ldw);
+        if (ldw) values[2 * ldw - 1] = 0;
+        compress(from + o * row, masks.data() + s * words, words, values);
+      }
+    });
+  }
+  Weights(const Weights&) = delete;
+  const int32_t* columns_of(int64_t s) const { return columns.data() + (pairs ? 0 : s * depth); }
+};
 
 // How one sample's layer is cut into tasks: by pixels first, since rows share the packing of pixels.
 struct Cut {
@@ -186,10 +267,11 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
                                   int64_t groups, bool whole_groups, c10::string_view activation, bool mean,
                                   bool winograd, bool inplace) {
   TORCH_CHECK(x_.dim() == 4 && weight_.dim() == (winograd ? 3 : 4) && x_.scalar_type() == at::kFloat &&
-                  weight_.scalar_type() == at::kFloat,
-              "x and weight must be four-dimensional, a transformed weight three-dimensional, and float32");
+                  (weight_.scalar_type() == at::kFloat || (weight_.scalar_type() == at::kBFloat16 && !winograd)),
+              "x and weight must be four-dimensional, a transformed weight three-dimensional, and float32, or the "
+              "weight bfloat16");
   TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding and dilation are pairs");
-  const Tensor x = x_.contiguous(), weight = winograd ? weight_.contiguous() : with_rows(weight_);
+  const Tensor x = x_.contiguous(), weight = readable(winograd ? weight_.contiguous() : with_rows(weight_));
   const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
              residual = contiguous(residual_);
   const int64_t out_all = weight.size(winograd ? 1 : 0), cg = weight.size(winograd ? 2 : 1);
@@ -248,14 +330,15 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     p.emplace(x, kernel_size, stride, padding, dilation, Ho, Wo);
   const Activation act = activation_of(activation);
   const Kernels& kernel = kernels();
-  const int64_t ldw = winograd ? cg : weight.stride(0);
   const double flops = 2.0 * B * R_all * K * taps * N;
-  const float* w = weight.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
 
   if (!direct && !winograd && K == 1 && R == 1 && !residual) {
     const float* from = x.const_data_ptr<float>();
     const int64_t whole = x.size(2) * x.size(3);
+    const Tensor single = weight.to(at::kFloat);
+    const float* w = single.const_data_ptr<float>();
+    const int64_t ldw = single.stride(0);
     p->each(B * G, flops, from, whole, [&](int64_t i, const float* padded) {
       const int64_t b = i / G, r = i % G, s = b / repeat;
       const int64_t o = out_index ? row_of<int64_t>(out_index, s)[r] : r;
@@ -273,24 +356,18 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const float* source = padded.const_data_ptr<float>();
   const int64_t plane = p ? p->plane : N;
   const int64_t each = winograd ? 1 : taps;  // columns of a channel in the weight's rows
-  std::vector<int32_t> columns(rows_of_index * K * each);
-  for (int64_t s = 0; s < rows_of_index; s++) {
-    const int64_t* active = row_of<int64_t>(in_index, s);
-    int32_t* to = columns.data() + s * K * each;
-    for (int64_t j = 0; j < K; j++)
-      for (int64_t t = 0; t < each; t++) *to++ = int32_t((active ? active[j] : j) * each + t);
-  }
+  const Weights w(weight, in_index, out_index, rows_of_index, K, each);
 
   // What is cut among threads: vectors of pixels, or rows of tiles.
   const int64_t steps = winograd ? height : (N + kernel.lanes - 1) / kernel.lanes;
   const Cut c = cut(B * G, steps, R, flops);
   Tensor partial;
   if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
-  const int64_t need = winograd ? kernel.winograd_scratch(R, 16 * 4 * R * ldw) : kernel.scratch(K * taps, R, 4 * R * ldw);
+  const int64_t need = winograd ? kernel.winograd_scratch(R, 16 * 4 * R * w.ldw) : kernel.scratch(K * taps, R, 4 * R * w.ldw);
   for_all(B * G * c.chunks * c.row_cuts, flops, [&](int64_t i) {
     const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
     const int64_t b = item / G, g = item % G, s = b / repeat;
-    Layer l;
+    Layer l{};
     l.source = direct ? Source::contiguous : Source::padded;
     l.x = source + (b * G + g) * K * plane;
     l.plane = plane;
@@ -301,11 +378,12 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     l.pixels = height * width;
     l.channels = K;
     l.rows = R;
-    l.weight = w;
-    l.ldw = ldw;
+    l.weight = w.data + s * w.sample;
+    l.ldw = w.ldw;
+    l.gathered = w.gathered ? g * R : -1;
     l.out = out_index ? row_of<int64_t>(out_index, s) + g * R : nullptr;
     l.first_row = g * R;
-    l.columns = columns.data() + s * K * each;
+    l.columns = w.columns_of(s);
     l.bias = bias ? bias->const_data_ptr<float>() : nullptr;
     l.gain = gain ? row_of<float>(gain, s) + g * R : nullptr;
     const int64_t at = (b * R_all + g * R) * N;
@@ -321,7 +399,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     if (winograd)
       kernel.winograd({l, out_all * cg, Ho, Wo}, begin, end, r0, r1, scratch_memory(need), sums);
     else
-      kernel.layer(l, begin, end, r0, r1, scratch_memory(need), sums);
+      (w.pairs ? pair_kernels()->layer : kernel.layer)(l, begin, end, r0, r1, scratch_memory(need), sums);
   });
   if (partial.defined()) at::sum_out(total, partial, {0});
   finish();
@@ -385,16 +463,16 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
               const optional<Tensor>& out_index_, const optional<Tensor>& gain_, const optional<Tensor>& residual_,
               c10::string_view activation, bool x_columns, bool y_columns) {
   TORCH_CHECK(x_.dim() >= 1 && weight_.dim() == 2 && x_.scalar_type() == at::kFloat &&
-                  weight_.scalar_type() == at::kFloat,
-              "x must be (…, n_in) and weight (C_out, C_in), float32");
+                  (weight_.scalar_type() == at::kFloat || weight_.scalar_type() == at::kBFloat16),
+              "x must be (…, n_in), float32, and weight (C_out, C_in), float32 or bfloat16");
   TORCH_CHECK(x_.dim() >= 2 || !(x_columns || y_columns), "columns need a batch");
-  const Tensor x = x_.contiguous(), weight = with_rows(weight_);
+  const Tensor x = x_.contiguous(), weight = readable(with_rows(weight_));
   const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
              residual = contiguous(residual_);
   check_index(in_index, weight.size(1), "in_index");
   check_index(out_index, weight.size(0), "out_index");
   const int64_t K = x.size(x_columns ? 1 : -1), R = out_index ? out_index->size(1) : weight.size(0);
-  const int64_t ldw = weight.stride(0), active = in_index ? in_index->size(1) : weight.size(1);
+  const int64_t active = in_index ? in_index->size(1) : weight.size(1);
   TORCH_CHECK(K == active, "x has ", K, " channels where ", active, " are active");
   const int64_t B = in_index ? in_index->size(0) : out_index ? out_index->size(0) : 1;
   TORCH_CHECK(!in_index || !out_index || in_index->size(0) == out_index->size(0), "indices of different batches");
@@ -413,15 +491,11 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
   TORCH_CHECK(items % B == 0, items, " rows of x for ", B, " samples");
   const int64_t T = x.numel() / K / items;
 
-  std::vector<int32_t> columns(B * K);
-  for (int64_t s = 0; s < B; s++) {
-    const int64_t* active = row_of<int64_t>(in_index, s);
-    for (int64_t j = 0; j < K; j++) columns[s * K + j] = int32_t(active ? active[j] : j);
-  }
+  const Weights w(weight, in_index, out_index, B, K, 1);
   const Kernels& kernel = kernels();
   const Activation act = activation_of(activation);
   const double flops = 2.0 * items * T * K * R;
-  const int64_t vectors = (T + kernel.lanes - 1) / kernel.lanes, need = kernel.scratch(K, R, 4 * R * ldw);
+  const int64_t vectors = (T + kernel.lanes - 1) / kernel.lanes, need = kernel.scratch(K, R, 4 * R * w.ldw);
   const Cut c = cut(items, vectors, R, flops);
   const float* from = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
@@ -436,10 +510,11 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
     l.width = l.pixels = T;
     l.channels = K;
     l.rows = R;
-    l.weight = weight.const_data_ptr<float>();
-    l.ldw = ldw;
+    l.weight = w.data + s * w.sample;
+    l.ldw = w.ldw;
+    l.gathered = w.gathered ? 0 : -1;
     l.out = row_of<int64_t>(out_index, s);
-    l.columns = columns.data() + s * K;
+    l.columns = w.columns_of(s);
     l.bias = bias ? bias->const_data_ptr<float>() : nullptr;
     l.gain = row_of<float>(gain, s);
     l.residual = residual ? residual->const_data_ptr<float>() + item * T * R : nullptr;
@@ -447,7 +522,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
     l.y = out + item * T * R;
     l.tokens_out = !y_columns;
     l.ldy = y_columns ? T : R;
-    kernel.layer(l, vectors * chunk / c.chunks, vectors * (chunk + 1) / c.chunks, R * row_cut / c.row_cuts,
+    (w.pairs ? pair_kernels()->layer : kernel.layer)(l, vectors * chunk / c.chunks, vectors * (chunk + 1) / c.chunks, R * row_cut / c.row_cuts,
                  R * (row_cut + 1) / c.row_cuts, scratch_memory(need), nullptr);
   });
   return y;
@@ -712,6 +787,7 @@ TORCH_LIBRARY(gatedprune, m) {
   m.def("affine(Tensor x, Tensor scale, Tensor shift, Tensor? index, str activation, bool mean) -> (Tensor, Tensor)");
   m.def("channel_index(Tensor[] tables, Tensor fixed, Tensor[] active, int channels) -> Tensor");
   m.def("channel_gain(Tensor[] units, Tensor[] active, Tensor[] gain, int[] sizes, Tensor? index) -> Tensor");
+  m.def("multiplies_bfloat16() -> bool", &gatedprune::multiplies_bfloat16);
   m.def("instruction_set(str name) -> str", &gatedprune::instruction_set);
 }
 
