@@ -46,7 +46,7 @@ def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "aut
         example_inputs: A tensor (B, C, H, W) or a tuple of arguments to lower the model for at once; default: from the
             timm configuration. Other image sizes are lowered when they first come (a second or two each).
 
-        backend: "native": the C++ engine, on the CPU, not for float64, built when first used (about half a minute, once);
+        backend: "native": the C++ engine, on the CPU, not for float64, built when first used (half a minute, once);
             "torch": plain PyTorch, anywhere; "auto": native where it can be had and the input fits it.
         share: "sample": every sample has its own active sets; "batch": the batch has one, from the mean over its
             samples of what the gates see, so that its layers run as one; outputs then depend on the batch.

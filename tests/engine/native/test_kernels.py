@@ -273,6 +273,22 @@ def test_pixels_are_rounded_to_the_nearest_bfloat16(indexed: bool, instruction_s
     found = ops.conv2d(x, weight.bfloat16(), *rest)[0]
     torch.testing.assert_close(found, ops.conv2d(*rounded(x, weight), *rest)[0], **CLOSE)
     assert (found - ops.conv2d(x, weight, *rest)[0]).abs().max() > 1e-3
+    if index is not None:
+        with pytest.raises(RuntimeError, match="ascending"):
+            ops.conv2d(x, weight.bfloat16(), None, index.flip(1), *rest[2:])
+
+
+def test_a_pair_is_no_number() -> None:
+    """As one float32 it may be denormal, which this mode takes for zero, or NaN."""
+    x, weight = torch.ones(1, 3, 4, 4), torch.tensor([0.5, 0.0, 0.25]).view(1, 3, 1, 1)
+    torch.set_flush_denormal(True)
+    try:
+        found = ops.conv2d(x, weight.bfloat16(), *[None] * 5, [1, 1], [0, 0], [1, 1], 1, True, "", False)[0]
+        weight[0, 1] = torch.inf
+        infinite = ops.conv2d(x, weight.bfloat16(), *[None] * 5, [1, 1], [0, 0], [1, 1], 1, True, "", False)[0]
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, torch.full_like(found, 0.75)) and infinite.isinf().all()
 
 
 @given(

@@ -199,6 +199,12 @@ struct Goal {
 // The including file defines `dot` and `pair`, and weights are pairs of neighbours in a row.
 constexpr int64_t PAIR = 2;
 GP_INLINE V multiply_add(V a, V x, V s) { return dot(a, x, s); }
+// Bits, since as one number a pair may be denormal, or a NaN.
+GP_INLINE V weight(const float* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return (V)(bits - M{});
+}
 // Rows 2i and 2i + 1 of a panel, side by side in row i; the last one beside zeros if there is no other.
 GP_INLINE void pair_rows(float* panel, int64_t rows, int64_t width) {
   for (int64_t k = 0; k < rows; k += 2)
@@ -210,6 +216,7 @@ GP_INLINE void pair_rows(float* panel, int64_t rows, int64_t width) {
 #else
 constexpr int64_t PAIR = 1;
 GP_INLINE V multiply_add(V a, V x, V s) { return a + s * x; }
+GP_INLINE V weight(const float* p) { return splat(*p); }
 GP_INLINE void pair_rows(float*, int64_t, int64_t) {}
 #endif
 
@@ -219,7 +226,7 @@ GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)
   V x[NV];
   GP_UNROLL for (int v = 0; v < NV; v++) x[v] = *(const V*)(panel + v * L);
   GP_UNROLL for (int r = 0; r < R; r++) {
-    const V s = splat(w[r][q]);
+    const V s = weight(w[r] + q);
     GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = multiply_add(a[r][v], x[v], s);
   }
 }

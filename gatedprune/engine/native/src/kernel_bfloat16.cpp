@@ -8,7 +8,6 @@
 
 namespace gatedprune {
 namespace bfloat16 {
-typedef float V1 __attribute__((aligned(4), may_alias));
 // a + the products of both halves of each lane.
 GP_PARTIAL V dot(V a, V x, V w) { return (V)_mm512_dpbf16_ps((__m512)a, (__m512bh)x, (__m512bh)w); }
 // Lane i: a[i] and b[i] rounded to bfloat16, a first.
@@ -35,7 +34,7 @@ GP_TARGET static void compress(const uint16_t* from, const uint32_t* mask, int64
 }
 }  // namespace bfloat16
 const PairKernels* kernels_bfloat16() {
-  static const PairKernels all{&bfloat16::scratch, &bfloat16::layer, &bfloat16::compress};
+  static const PairKernels all{&bfloat16::layer, &bfloat16::compress};
   static const bool there = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") &&
                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   return there ? &all : nullptr;

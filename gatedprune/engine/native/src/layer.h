@@ -100,7 +100,7 @@ struct Kernels {
 // Of bfloat16 weights: rows as above, but of pairs of neighbours, as if each were a float; `ldw` and `columns` count pairs,
 // `channels` and `taps` values. Values of x are rounded to bfloat16; sums and all that follows are float32.
 struct PairKernels {
-  int64_t (*scratch)(int64_t depth, int64_t rows, int64_t weight_bytes);
+  // With the scratch memory that `layer` of AVX-512 needs.
   void (*layer)(const Layer&, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* scratch, float* sums);
   // The values of a row whose bits are set in `mask`, 32 a word, side by side.
   void (*compress)(const uint16_t* from, const uint32_t* mask, int64_t words, uint16_t* to);

@@ -156,11 +156,13 @@ struct Weights {
     std::vector<uint32_t> masks(samples * words);
     for (int64_t s = 0; s < samples; s++) {
       const int64_t* active = row_of<int64_t>(in_index, s);
-      for (int64_t j = 0; j < channels; j++)
+      for (int64_t j = 0; j < channels; j++) {
+        TORCH_CHECK(!active || j == 0 || active[j - 1] < active[j], "with bfloat16 weights in_index must be ascending");
         for (int64_t t = 0; t < each; t++) {
           const int64_t bit = (active ? active[j] : j) * each + t;
           masks[s * words + bit / 32] |= 1u << bit % 32;
         }
+      }
     }
     const auto compress = kernels_bfloat16()->compress;
     at::parallel_for(0, samples * rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, whole)),
@@ -363,7 +365,8 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const Cut c = cut(B * G, steps, R, flops);
   Tensor partial;
   if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
-  const int64_t need = winograd ? kernel.winograd_scratch(R, 16 * 4 * R * w.ldw) : kernel.scratch(K * taps, R, 4 * R * w.ldw);
+  const int64_t need = winograd ? kernel.winograd_scratch(R, 16 * 4 * R * w.ldw)
+                                : kernel.scratch(K * taps, R, 4 * R * w.ldw);
   for_all(B * G * c.chunks * c.row_cuts, flops, [&](int64_t i) {
     const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
     const int64_t b = item / G, g = item % G, s = b / repeat;
@@ -522,8 +525,9 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
     l.y = out + item * T * R;
     l.tokens_out = !y_columns;
     l.ldy = y_columns ? T : R;
-    (w.pairs ? pair_kernels()->layer : kernel.layer)(l, vectors * chunk / c.chunks, vectors * (chunk + 1) / c.chunks, R * row_cut / c.row_cuts,
-                 R * (row_cut + 1) / c.row_cuts, scratch_memory(need), nullptr);
+    (w.pairs ? pair_kernels()->layer : kernel.layer)(
+        l, vectors * chunk / c.chunks, vectors * (chunk + 1) / c.chunks, R * row_cut / c.row_cuts,
+        R * (row_cut + 1) / c.row_cuts, scratch_memory(need), nullptr);
   });
   return y;
 }
