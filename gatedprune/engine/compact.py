@@ -69,14 +69,13 @@ def compact(gated: nn.Module, example_inputs: Any = None, *, backend: str = "aut
     model = CompactModel(gated, backend, share)
     if isinstance(tune, Mapping):
         model.tuning = dict(tune)
-    inputs = model._as_computed(inputs)
     graph = model.prepare(*inputs)
     if tune is True and model.backend == "native":
         if share == "sample" and any(gate.varies for gate in model.gates.values()):
             inputs = tuple(
                 a[:1] if isinstance(a, Tensor) and a.dim() else a for a in inputs
             )  # it runs sample by sample
-        model.tuning = tune_layers(graph, inputs)
+        model.tuning = tune_layers(graph, model._as_computed(inputs))
     return model
 
 

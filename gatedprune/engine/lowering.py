@@ -295,8 +295,8 @@ class Lowering:
         plain = in_layout is None and out_layout is None
         if plain and not (self.native and name == "conv2d" and _native_when_plain(weight, options)):
             return self._apply_gain(node, self.module(self.name(node), _plain(name, weight, bias, options), (value,)))
-        fast = self.native and name == "conv2d" and winograd.pays(weight, options, node.meta["val"].shape[2:])
         shape = node.meta["val"].shape
+        fast = self.native and name == "conv2d" and winograd.pays(weight, options, shape[2:])
         positions = (shape[2:] if name == "conv2d" else shape[1:-1]).numel()
         # Below a vector of pixels, gathering the weights' pairs would take longer than multiplying by them.
         if self.native and self.bfloat16 and not fast and weight.shape[1] > 1 and positions >= 16:

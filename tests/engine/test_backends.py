@@ -118,7 +118,7 @@ def test_half_precision_is_computed_as_if_in_float32(name: str, dtype: torch.dty
 
 
 @needs_native
-def test_bfloat16_can_be_tuned_and_moved() -> None:
+def test_bfloat16_can_be_tuned() -> None:
     gated, x = gate_up("test_convnext")
     half, images = copy.deepcopy(gated).bfloat16(), x.bfloat16()
     fast = compact(half, images)

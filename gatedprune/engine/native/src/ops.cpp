@@ -52,6 +52,12 @@ std::string instruction_set(const std::string& name) {
   return kernels().name;
 }
 
+// The kernel for bfloat16 weights, or null.
+const PairKernels* pair_kernels() { return std::strcmp(kernels().name, "avx512") ? nullptr : kernels_bfloat16(); }
+
+// Whether the CPU multiplies bfloat16 numbers.
+bool multiplies_bfloat16() { return pair_kernels(); }
+
 Activation activation_of(c10::string_view name) {
   if (name == "") return Activation::none;
   if (name == "relu") return Activation::relu;
@@ -62,7 +68,10 @@ Activation activation_of(c10::string_view name) {
   TORCH_CHECK(false, "unknown activation ", std::string(name));
 }
 
+enum class Scratch { kernel, weights };
+
 // Grows, and is never given back: the next layer needs it again.
+template <Scratch = Scratch::kernel>
 float* scratch_memory(int64_t floats) {
   thread_local std::vector<float> memory;
   if (int64_t(memory.size()) < floats) memory.resize(floats);
@@ -91,8 +100,6 @@ Tensor with_rows(const Tensor& weight) {
   return dense && weight.stride(0) >= row ? weight : weight.contiguous();
 }
 
-const PairKernels* pair_kernels();
-
 // In float32 where the CPU has no kernel for bfloat16.
 Tensor readable(const Tensor& weight) {
   return weight.scalar_type() == at::kBFloat16 && !pair_kernels() ? weight.to(at::kFloat) : weight;
@@ -102,12 +109,6 @@ template <typename T>
 const T* row_of(const optional<Tensor>& t, int64_t row) {
   return t ? t->const_data_ptr<T>() + row * t->size(1) : nullptr;
 }
-
-// The kernel for bfloat16 weights, or null.
-const PairKernels* pair_kernels() { return std::strcmp(kernels().name, "avx512") ? nullptr : kernels_bfloat16(); }
-
-// Whether the CPU multiplies bfloat16 numbers.
-bool multiplies_bfloat16() { return pair_kernels(); }
 
 // A weight as its kernel reads it: `sample` floats from one sample's to the next one's, rows `ldw` apart. bfloat16: in
 // pairs, either where they lie, or `gathered`: the active rows and columns side by side, since what is active need not lie
@@ -149,9 +150,7 @@ struct Weights {
     const int64_t rows = out_index ? out_index->size(1) : weight.size(0), words = (whole + 31) / 32;
     ldw = depth;
     sample = rows * ldw;
-    thread_local std::vector<float> side_by_side;  // for the next layer too: no page is asked for anew
-    if (int64_t(side_by_side.size()) < samples * sample) side_by_side.resize(samples * sample);
-    float* to = side_by_side.data();
+    float* to = scratch_memory<Scratch::weights>(samples * sample);
     data = to;
     std::vector<uint32_t> masks(samples * words);
     for (int64_t s = 0; s < samples; s++) {
@@ -164,7 +163,7 @@ struct Weights {
         }
       }
     }
-    const auto compress = kernels_bfloat16()->compress;
+    const auto compress = pair_kernels()->compress;
     at::parallel_for(0, samples * rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, whole)),
                      [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
