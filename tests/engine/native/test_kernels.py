@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from gatedprune.engine import native
 from gatedprune.engine.narrow import ACTIVATIONS
 from gatedprune.engine.selection import ChannelGain, ChannelIndex
 from gatedprune.engine.winograd import transform_weight
-from gatedprune.errors import BackendError
 from gatedprune.functional import indexed_conv2d, subsample
 from gatedprune.gates import Gate
 
@@ -26,24 +24,6 @@ if not native.load():
 ops = torch.ops.gatedprune
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 FUZZ = settings(max_examples=60, deadline=None)
-
-
-def _sets() -> list[str]:
-    best, found = native.instruction_set(), []
-    for name in ("generic", "avx2", "avx512"):
-        try:
-            found.append(native.instruction_set(name))
-        except BackendError:
-            continue
-    native.instruction_set(best)
-    return found
-
-
-@pytest.fixture(params=_sets(), scope="module", autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.instruction_set()
-    yield native.instruction_set(request.param)
-    native.instruction_set(before)
 
 
 # Fresh memory is NaN, so that what a kernel forgets to write, or reads too much of, shows.

@@ -188,6 +188,10 @@ GP_INLINE V activate(V v, Activation a) {
 // The row of the weight that row r of the layer is.
 GP_INLINE int64_t row_number(const Layer& l, int64_t r) { return l.out ? l.out[r] : l.first_row + r; }
 
+GP_INLINE const float* row_of(const Layer& l, int64_t r) {
+  return l.weight + (l.gathered >= 0 ? l.gathered + r : row_number(l, r)) * l.ldw;
+}
+
 // Where a tile's rows go once their sums are complete: row r of the layer, pixels from n0, and |y| to `sums` if not null.
 struct Goal {
   const Layer* layer;
@@ -431,6 +435,7 @@ struct Panels {
 
 // As equal as can be: with 13 vectors 4, 3, 3 and 3.
 static Panels split(int64_t vectors) {
+  if (!vectors) return {0, 0, 1};
   const int64_t count = (vectors + GP_MAX_NV - 1) / GP_MAX_NV, rest = vectors % count;
   return {count, rest ? rest : count, int((vectors + count - 1) / count)};
 }
@@ -494,19 +499,17 @@ GP_INLINE void finish_tokens(const Layer& l, float* acc, int64_t r0, int64_t r1,
   transpose(acc, r1 - r0, columns, width, l.y + n0 * l.ldy + r0, l.ldy);
 }
 
+#include "last.inl"
+
 // More where weights do not stay in the second-level cache, and where so little is computed that reading and writing
 // pixels is what takes time.
 static int64_t group_size(int64_t depth, int64_t rows, int64_t weight_bytes) {
   return depth <= 64 && rows <= 512 ? MAX_GROUP : weight_bytes > (512 << 10) ? 6 : LEAST_GROUP;
 }
 
-static int64_t scratch(int64_t depth, int64_t rows, int64_t weight_bytes) {
+static int64_t scratch(int64_t depth, int64_t row_length, int64_t rows, int64_t weight_bytes) {
   const int64_t width = GP_MAX_NV * L, group = group_size(depth, rows, weight_bytes);
-  return group * width * (K_BLOCK + rows + 16) + rows * L + 64;
-}
-
-GP_INLINE const float* row_of(const Layer& l, int64_t r) {
-  return l.weight + (l.gathered >= 0 ? l.gathered + r : row_number(l, r)) * l.ldw;
+  return group * width * (K_BLOCK + rows + 16) + rows * L + last_scratch(row_length, rows) + 64;
 }
 
 GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* memory, float* sums) {
@@ -518,13 +521,17 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   float* totals = packed;  // of |y|, a vector for each row
   packed += rows * L;
   if (sums) std::memset(totals, 0, rows * L * sizeof(float));
+  const Last rest = last_pixels(l, v1, rows, packed);
+  packed += rest.scratch;
   Gather gather[MAX_GROUP];
-  for (int64_t left = v1 - v0, v = v0; left > 0;) {
+  int64_t left = v1 - v0 - (rest.count > 0), v = v0;
+  do {
     const Panels all = split(left);
     // Few panels are one group, so that weights are fetched once, and tiles of both heights end after STEP rows.
     const Panels g = all.first(all.count <= most ? all.count : std::min(most, all.wide));
     // One panel or two: longer blocks, which take no more of the cache, since weights then come in longer runs.
-    const int64_t k_block = K_BLOCK * std::max<int64_t>(1, LEAST_GROUP / g.count);
+    const int64_t k_block = K_BLOCK * std::max<int64_t>(1, LEAST_GROUP / std::max<int64_t>(1, g.count));
+    const bool with_rest = rest.count && left == g.start(g.count);
     const int64_t width = g.nv * L, block = width * k_block, acc_panel = rows * width;
     float* acc = packed + g.count * block;
     auto pixel = [&](int64_t p) { return (v + g.start(p)) * L; };
@@ -541,7 +548,10 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
       for (int64_t p = 0; p < g.count; p++) pair_rows(packed + p * block, k1 - k0, g.vectors(p) * L);
       const int64_t q0 = k0 / PAIR, n = (k1 - k0 + PAIR - 1) / PAIR;  // in the weights' rows
       const int64_t step = g.wide < g.count ? STEP : TILE_ROWS[g.nv];
-      for (int64_t s0 = r0; s0 < r1; s0 += step)
+      const int64_t rest0 = l.row_length * k0 / std::max<int64_t>(1, depth) / L * L;
+      const int64_t rest1 = last ? l.row_length : l.row_length * k1 / depth / L * L;
+      int64_t done = r0;  // rows of the last pixels
+      for (int64_t s0 = r0; s0 < r1; s0 += step) {
         for (int64_t p0 = 0, p1; p0 < g.count; p0 = p1) {
           p1 = p0 < g.wide ? g.wide : g.count;
           const int nv = g.vectors(p0), tall = TILE_ROWS[nv];
@@ -568,12 +578,20 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
             }
           }
         }
+        const int64_t s1 = std::min(s0 + step, r1);
+        if (with_rest)
+          done = LAST_BLOCKS[rest.count](l, rest, r0, done, s1, s1 == r1, rest0, rest1, k0 == 0, last);
+      }
     }
     if (l.tokens_out)
       for (int64_t p = 0; p < g.count; p++) finish_tokens(l, acc + p * acc_panel, r0, r1, pixel(p), g.vectors(p));
     v += g.start(g.count);
     left -= g.start(g.count);
-  }
+  } while (left > 0);
+  if (rest.count && l.tokens_out) finish_tokens(l, rest.sums, r0, r1, rest.first, 1);
+  if (rest.count && !l.tokens_out)
+    for (int64_t r = r0; r < r1; r++)
+      finish(l, rest.sums + (r - r0) * L, r, rest.first, 1, sums ? totals + (r - r0) * L : nullptr);
   if (sums)
     for (int64_t r = r0; r < r1; r++) sums[r] += hsum(*(const V*)(totals + (r - r0) * L));
 }

@@ -17,6 +17,9 @@ GP_PARTIAL V pair(V a, V b) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
   return (V)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), both);
 }
+GP_PARTIAL uint16_t rounded(float x) {
+  return (uint16_t)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x)), 0);
+}
 }  // namespace bfloat16
 }  // namespace gatedprune
 #include "kernel.inl"

@@ -31,6 +31,7 @@ struct Layer {
   int64_t first_row;
   int64_t gathered;        // row r is the row gathered + r of `weight`, and only the bias knows `out`; or -1
   const int32_t* columns;  // (K * taps,) offsets inside a row
+  int64_t row_length;      // what `columns` choose from
 
   const float* bias;      // full, or null
   const float* gain;      // (R,) or null
@@ -79,8 +80,8 @@ struct Winograd {
 struct Kernels {
   const char* name;
   int64_t lanes;
-  // Floats of scratch memory that `layer` needs for sums over `depth` and that many rows.
-  int64_t (*scratch)(int64_t depth, int64_t rows, int64_t weight_bytes);
+  // Floats of scratch memory that `layer` needs for sums over `depth` of the columns of so long rows, and so many rows.
+  int64_t (*scratch)(int64_t depth, int64_t row_length, int64_t rows, int64_t weight_bytes);
   // Computes vectors [v0, v1) of `lanes` pixels and rows [r0, r1); adds each row's sum of |y| to sums if not null.
   void (*layer)(const Layer&, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* scratch, float* sums);
   void (*depthwise)(const Depthwise&, float* sum);

@@ -115,7 +115,7 @@ const T* row_of(const optional<Tensor>& t, int64_t row) {
 // in pairs. Row by row that takes a fraction of the time of the products.
 struct Weights {
   const float* data;
-  int64_t ldw, sample = 0, depth;
+  int64_t ldw, sample = 0, depth, row_length;
   const bool pairs;
   bool gathered = false;
   std::vector<int32_t> columns;  // (samples, depth); one sample's serve all where they are pairs
@@ -127,6 +127,7 @@ struct Weights {
       data = weight.const_data_ptr<float>();
       ldw = weight.dim() == 3 ? weight.size(2) : weight.stride(0);
       depth = channels * each;
+      row_length = weight.numel() / std::max<int64_t>(1, weight.size(0)) / (weight.dim() == 3 ? weight.size(1) : 1);
       columns.resize(samples * depth);
       for (int64_t s = 0; s < samples; s++) {
         const int64_t* active = row_of<int64_t>(in_index, s);
@@ -136,7 +137,7 @@ struct Weights {
       }
       return;
     }
-    depth = (channels * each + 1) / 2;
+    depth = row_length = (channels * each + 1) / 2;
     columns.resize(depth);
     std::iota(columns.begin(), columns.end(), 0);
     const int64_t row = weight.stride(0), whole = weight.numel() / std::max<int64_t>(1, weight.size(0));
@@ -186,7 +187,7 @@ Cut cut(int64_t items, int64_t vectors, int64_t rows, double flops) {
   const int64_t threads = at::get_num_threads();
   if (threads == 1 || flops < 2e5 || at::in_parallel_region()) return {1, 1};
   const int64_t wanted = items >= 4 * threads ? 1 : (threads + items - 1) / items;
-  const int64_t chunks = std::max<int64_t>(1, std::min(wanted, (vectors + 1) / 2));
+  const int64_t chunks = std::max<int64_t>(1, std::min(wanted, vectors / 4));
   const int64_t row_cuts = std::max<int64_t>(1, std::min((wanted + chunks - 1) / chunks, rows / 12));
   return {chunks, row_cuts};
 }
@@ -365,7 +366,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   Tensor partial;
   if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
   const int64_t need = winograd ? kernel.winograd_scratch(R, 16 * 4 * R * w.ldw)
-                                : kernel.scratch(K * taps, R, 4 * R * w.ldw);
+                                : kernel.scratch(K * taps, w.row_length, R, 4 * R * w.ldw);
   for_all(B * G * c.chunks * c.row_cuts, flops, [&](int64_t i) {
     const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
     const int64_t b = item / G, g = item % G, s = b / repeat;
@@ -386,6 +387,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     l.out = out_index ? row_of<int64_t>(out_index, s) + g * R : nullptr;
     l.first_row = g * R;
     l.columns = w.columns_of(s);
+    l.row_length = w.row_length;
     l.bias = bias ? bias->const_data_ptr<float>() : nullptr;
     l.gain = gain ? row_of<float>(gain, s) + g * R : nullptr;
     const int64_t at = (b * R_all + g * R) * N;
@@ -497,7 +499,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
   const Kernels& kernel = kernels();
   const Activation act = activation_of(activation);
   const double flops = 2.0 * items * T * K * R;
-  const int64_t vectors = (T + kernel.lanes - 1) / kernel.lanes, need = kernel.scratch(K, R, 4 * R * w.ldw);
+  const int64_t vectors = (T + kernel.lanes - 1) / kernel.lanes, need = kernel.scratch(K, w.row_length, R, 4 * R * w.ldw);
   const Cut c = cut(items, vectors, R, flops);
   const float* from = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
@@ -517,6 +519,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
     l.gathered = w.gathered ? 0 : -1;
     l.out = row_of<int64_t>(out_index, s);
     l.columns = w.columns_of(s);
+    l.row_length = w.row_length;
     l.bias = bias ? bias->const_data_ptr<float>() : nullptr;
     l.gain = row_of<float>(gain, s);
     l.residual = residual ? residual->const_data_ptr<float>() + item * T * R : nullptr;
