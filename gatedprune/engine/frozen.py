@@ -99,8 +99,7 @@ def _cut(graph_module: fx.GraphModule, node: fx.Node, layer: Any, known: Mapping
     rest = [None if a is None else known[a] for a in (*node.args[1:4], None, None, None)[:3]]  # type: ignore[index]
     in_index, out_index, gain = rest
     grouped = isinstance(layer, narrow.NarrowConv2d) and layer.whole_groups
-    full = layer.spatial_weight() if isinstance(layer, narrow.NarrowConv2d) else layer.weight
-    weight, bias = narrow.gather_rows(full, layer.bias, in_index, out_index, gain, 0, grouped=grouped)
+    weight, bias = narrow.gather_rows(layer.weight, layer.bias, in_index, out_index, gain, 0, grouped=grouped)
     if isinstance(layer, narrow.NarrowConv2d):
         groups = layer.groups
         if grouped and out_index is not None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..functional import per_row, subsample
 from .selection import fits
-from .winograd import restore_weight, transform_weight
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "relu": F.relu,
@@ -61,10 +60,9 @@ class NarrowConv2d(nn.Module):
         bias: (C_out,) or None.
         whole_groups: Active groups are complete and others absent; False: every group has the same active channels.
         native: Use the native backend where it can (float32 on the CPU).
-        winograd: Let the native backend compute it by F(2×2, 3×3): see `winograd`.
+        winograd: Let the native backend compute it by F(2×2, 3×3), in float32: see `winograd`.
 
     Attributes:
-        weight: As given, or transformed, (16, C_out, C_in), in its place.
         activation: "" or a key of `ACTIVATIONS`, applied last.
         subsample: Return s(y), (B, n_out), beside y.
         inplace: The result takes the place of the residual, which nobody reads again.
@@ -83,7 +81,7 @@ class NarrowConv2d(nn.Module):
                  dilation: tuple[int, ...], groups: int, whole_groups: bool = True,
                  native: bool = False, winograd: bool = False) -> None:  # fmt: skip
         super().__init__()
-        self.register_buffer("weight", transform_weight(weight) if winograd else weight)
+        self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.winograd = winograd
         self.out_channels, self.in_channels = weight.shape[0], weight.shape[1] * groups
@@ -111,7 +109,7 @@ class NarrowConv2d(nn.Module):
                     x, self.weight, self.bias, in_index, out_index, gain, residual, *rest)  # fmt: skip
             return (y, s) if self.subsample else y
         groups = x.shape[1] // self.weight.shape[1] if self.whole_groups else self.groups
-        weight = self.spatial_weight().to(x.dtype)
+        weight = self.weight.to(x.dtype)
 
         def run(one: Tensor, b: int) -> Tensor:
             w, c = gather_rows(weight, self.bias, in_index, out_index, gain, b, grouped=self.whole_groups)
@@ -119,10 +117,6 @@ class NarrowConv2d(nn.Module):
 
         y = _follow(_per_sample(x, _samples(in_index, out_index), run), residual, self.activation)
         return (y, subsample(y)) if self.subsample else y
-
-    def spatial_weight(self) -> Tensor:
-        """(C_out, C_in/groups, kh, kw); with ``winograd`` up to rounding."""
-        return restore_weight(self.weight) if self.winograd else self.weight
 
     def extra_repr(self) -> str:
         channels = f"{self.in_channels}, {self.out_channels}"

@@ -35,9 +35,7 @@ def apply_tuning(graph: fx.GraphModule, tuning: Mapping[str, str]) -> None:
 
 
 def _leave_native(layer: Any) -> None:
-    """Compute with plain PyTorch, with its own weights: restoring or copying them at each call would take too long."""
-    if isinstance(layer, NarrowConv2d):
-        layer.weight, layer.winograd = layer.spatial_weight(), False
+    """Compute with plain PyTorch, which would copy weights whose rows lie apart at each call."""
     layer.weight = layer.weight.contiguous()
     layer.native = False
 

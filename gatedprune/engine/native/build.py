@@ -167,7 +167,7 @@ def _register_fakes() -> None:
     @torch.library.register_fake("gatedprune::conv2d")
     def conv2d(x, weight, bias, in_index, out_index, gain, residual, stride, padding, dilation, groups, whole_groups,
                activation, mean, winograd=False):  # fmt: skip
-        shape = (*weight.shape[1:], 3, 3) if winograd else weight.shape
+        shape = weight.shape
         rows = shape[0] if out_index is None else out_index.shape[1]
         size = [
             (x.shape[d + 2] + 2 * padding[d] - dilation[d] * (shape[d + 2] - 1) - 1) // stride[d] + 1 for d in (0, 1)

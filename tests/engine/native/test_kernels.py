@@ -14,7 +14,6 @@ from torch import Tensor
 from gatedprune.engine import native
 from gatedprune.engine.narrow import ACTIVATIONS
 from gatedprune.engine.selection import ChannelGain, ChannelIndex
-from gatedprune.engine.winograd import transform_weight
 from gatedprune.functional import indexed_conv2d, subsample
 from gatedprune.gates import Gate
 
@@ -110,7 +109,6 @@ def check_convolution(case: dict) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
     try:
-        weight = transform_weight(weight) if case["winograd"] else weight
         weight = weight.bfloat16() if case["bfloat16"] else weight
         rest = (*options, 1, True, case["activation"], True, case["winograd"])
         found, mean = ops.conv2d(x, weight, bias, in_index, out_index, gain, residual, *rest)
@@ -140,10 +138,32 @@ def test_convolution_over_several_blocks(size: tuple[int, int], channels: tuple[
     index = subsets(2, cin, kin, g), subsets(2, cout, kout, g)
     options = ((1, 1), (kernel // 2,) * 2, (1, 1))
     want = indexed_conv2d(x.double(), weight.double(), None, *index, None, *options)
-    weight = transform_weight(weight) if how == "winograd" else weight.bfloat16() if how == "bfloat16" else weight
+    weight = weight.bfloat16() if how == "bfloat16" else weight
     found, mean = ops.conv2d(x, weight, None, *index, None, None, *options, 1, True, "", True, how == "winograd")
     torch.testing.assert_close(found.double(), want, **CLOSE)
     torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
+
+
+@pytest.mark.parametrize("how", ["", "winograd", "bfloat16"])
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (30, 40)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_weights_of_suppressed_channels_are_not_used(how: str, size: tuple[int, int], threads: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, held = torch.randn(1, 150, *size, generator=g), torch.full((90, 300, 3, 3), torch.nan)
+    index = subsets(1, 300, 150, g), subsets(1, 90, 45, g)
+    weight = torch.randn(45, 150, 3, 3, generator=g) / 30
+    if how == "bfloat16":
+        x, weight, held = *rounded(x, weight), held.bfloat16()
+    held[index[1][0][:, None], index[0][0]] = weight.to(held.dtype)
+    want = F.conv2d(x.double(), weight.double(), padding=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rest = ([1, 1], [1, 1], [1, 1], 1, True, "", False, how == "winograd")
+        found = ops.conv2d(x, held, None, *index, None, None, *rest)[0]
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found.double(), want, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -310,9 +330,8 @@ def test_small_sums_survive_a_large_bias(activation: str, winograd: bool) -> Non
     x, weight = torch.randn(1, 1000, 8, 8, generator=g), torch.randn(4, 1000, 3, 3, generator=g) / 1e4
     bias = torch.full((4,), 10.0)
     want = F.conv2d(x.double(), weight.double(), bias.double(), 1, 1)  # gelu(10) is 10
-    w = transform_weight(weight) if winograd else weight
     rest = ([1, 1], [1, 1], [1, 1], 1, True, activation, False, winograd)
-    found = ops.conv2d(x, w, bias, None, None, None, None, *rest)[0]
+    found = ops.conv2d(x, weight, bias, None, None, None, None, *rest)[0]
     assert (found.double() - want).abs().max() < 2 * 10 * torch.finfo(torch.float32).eps
 
 
@@ -498,8 +517,8 @@ def test_indices_out_of_range_are_refused(index: Tensor, message: str) -> None:
     "change",
     [{"x": torch.zeros(1, 5, 6, 6)}, {"bias": torch.zeros(2)}, {"gain": torch.zeros(2, 2)}, {"kernel": 9},
      {"residual": torch.zeros(1, 2, 3, 3)}, {"x": torch.zeros(1, 2, 6, 6).double()},
-     {"weight": torch.zeros(16, 4, 3)}, {"winograd": True}, {"winograd": True, "weight": torch.zeros(9, 4, 3)},
-     {"winograd": True, "weight": torch.zeros(16, 4, 3), "stride": [2, 2]}],
+     {"weight": torch.zeros(16, 4, 3)}, {"winograd": True, "kernel": 2}, {"winograd": True, "stride": [2, 2]},
+     {"winograd": True, "weight": torch.zeros(4, 3, 3, 3, dtype=torch.bfloat16)}],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_are_refused(change: dict) -> None:
     size = change.get("kernel", 3)
@@ -515,7 +534,6 @@ def test_shapes_that_do_not_fit_are_refused(change: dict) -> None:
 def test_several_python_threads_at_once(winograd: bool) -> None:
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 64, 3, 3, generator=g)
-    weight = transform_weight(weight) if winograd else weight
     jobs = [(torch.randn(1, 32, 20, 20, generator=g), subsets(1, 64, 32, g), subsets(1, 96, 48, g)) for _ in range(8)]
 
     def run(job: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -545,10 +563,12 @@ def test_operators_are_well_registered() -> None:
     x, weight, i, o = torch.randn(2, 3, 8, 8), torch.randn(6, 5, 3, 3), subsets(2, 5, 3, g), subsets(2, 6, 4, g)
     checks = ["test_schema", "test_faketensor"]
     residual = torch.randn(2, 4, 8, 8)
-    for mean, w in ((True, weight), (False, transform_weight(weight))):
-        rest = ([1, 1], [1, 1], [1, 1], 1, True, "relu", mean, w.dim() == 3)
-        torch.library.opcheck(ops.conv2d.default, (x, w, None, i, o, None, None, *rest), test_utils=checks)
-        torch.library.opcheck(ops.conv2d_into.default, (x, w, None, i, o, None, residual, *rest), test_utils=checks)
+    for mean, winograd in ((True, False), (False, True)):
+        rest = ([1, 1], [1, 1], [1, 1], 1, True, "relu", mean, winograd)
+        torch.library.opcheck(ops.conv2d.default, (x, weight, None, i, o, None, None, *rest), test_utils=checks)
+        torch.library.opcheck(
+            ops.conv2d_into.default, (x, weight, None, i, o, None, residual, *rest), test_utils=checks
+        )
     tokens, w = torch.randn(2, 7, 3), torch.randn(6, 5)
     for columns in ((False, False), (False, True)):
         torch.library.opcheck(

@@ -6,9 +6,11 @@
 //
 // The including file defines GP_NS, GP_TARGET, GP_LANES and GP_MAX_NV and the row tiles GP_TILE_1 … GP_TILE_4.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 
 #include "layer.h"
 
@@ -100,10 +102,10 @@ typedef float QU __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t QM __attribute__((vector_size(16)));
 #define GP_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, QM{i, j, k, l})
 #endif
-// to[j * to_pitch + i] = from[i * from_pitch + j] for i, j < 4.
-GP_INLINE void transpose4(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
-  const Q a = *(const QU*)from, b = *(const QU*)(from + from_pitch), c = *(const QU*)(from + 2 * from_pitch),
-          d = *(const QU*)(from + 3 * from_pitch);
+// to[j * pitch + i] = from i[j] for i, j < 4.
+GP_INLINE void transpose4(const float* from0, const float* from1, const float* from2, const float* from3, float* to,
+                          int64_t to_pitch) {
+  const Q a = *(const QU*)from0, b = *(const QU*)from1, c = *(const QU*)from2, d = *(const QU*)from3;
   const Q ab = GP_SHUFFLE(a, b, 0, 4, 1, 5), cd = GP_SHUFFLE(c, d, 0, 4, 1, 5);
   const Q AB = GP_SHUFFLE(a, b, 2, 6, 3, 7), CD = GP_SHUFFLE(c, d, 2, 6, 3, 7);
   *(QU*)to = GP_SHUFFLE(ab, cd, 0, 1, 4, 5);
@@ -116,7 +118,10 @@ GP_INLINE void transpose(const float* from, int64_t rows, int64_t columns, int64
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     int64_t j = 0;
-    for (; j + 4 <= columns; j += 4) transpose4(from + i * from_pitch + j, from_pitch, to + j * to_pitch + i, to_pitch);
+    for (; j + 4 <= columns; j += 4) {
+      const float* at = from + i * from_pitch + j;
+      transpose4(at, at + from_pitch, at + 2 * from_pitch, at + 3 * from_pitch, to + j * to_pitch + i, to_pitch);
+    }
     for (; j < columns; j++)
       for (int64_t k = i; k < i + 4; k++) to[j * to_pitch + k] = from[k * from_pitch + j];
   }

@@ -67,12 +67,10 @@ struct Padding {
 };
 
 // A 3×3 convolution of stride 1 by F(2×2, 3×3). `layer` describes its tiles as the pixels of a convolution with 4×4 taps
-// and stride 2: source, x, plane, tap_offset, row_pitch, and `width` and `pixels` counted in tiles; channels, rows,
-// columns and what follows the sums as there. Row o of the transformed weights of position p (of 16) lies at
-// weight + p * position + o * ldw.
+// and stride 2: source, x, plane, tap_offset, row_pitch, and `width` and `pixels` counted in tiles; channels, rows, the
+// weight's rows and what follows the sums as there. `columns` are the (K,) active channels, each of 9 taps.
 struct Winograd {
   Layer layer;
-  int64_t position;
   int64_t out_height, out_width;
 };
 
@@ -93,7 +91,7 @@ struct Kernels {
   void (*abs_sum_tokens)(const float* x, int64_t tokens, int64_t channels, float* sums);
   // Without `edges` only what comes from x is written: the padding is there from another plane.
   void (*pad)(const Padding&, const float* x, bool edges, float* y);
-  int64_t (*winograd_scratch)(int64_t rows, int64_t weight_bytes);
+  int64_t (*winograd_scratch)(int64_t channels, int64_t rows, int64_t tiles);
   // Computes rows [h0, h1) of tiles and rows [r0, r1).
   void (*winograd)(const Winograd&, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* scratch, float* sums);
 };

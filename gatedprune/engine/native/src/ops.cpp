@@ -125,9 +125,9 @@ struct Weights {
       : pairs(weight.scalar_type() == at::kBFloat16) {
     if (!pairs) {
       data = weight.const_data_ptr<float>();
-      ldw = weight.dim() == 3 ? weight.size(2) : weight.stride(0);
+      ldw = weight.stride(0);
       depth = channels * each;
-      row_length = weight.numel() / std::max<int64_t>(1, weight.size(0)) / (weight.dim() == 3 ? weight.size(1) : 1);
+      row_length = weight.numel() / std::max<int64_t>(1, weight.size(0));
       columns.resize(samples * depth);
       for (int64_t s = 0; s < samples; s++) {
         const int64_t* active = row_of<int64_t>(in_index, s);
@@ -260,7 +260,7 @@ struct Padded {
 
 // Convolution over active sets, then bias, gain, residual and activation → y (B, n_out, H', W') and, if `mean`, the mean
 // of |y| over the pixels (B, n_out), which the next gate reads.
-// `winograd`: the weight is that of a 3×3 convolution as F(2×2, 3×3) multiplies by it, (16, C_out, C_in).
+// `winograd`: by F(2×2, 3×3).
 // `inplace`: the result takes the place of the residual.
 std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& bias_,
                                   const optional<Tensor>& in_index_, const optional<Tensor>& out_index_,
@@ -268,16 +268,15 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
                                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                   int64_t groups, bool whole_groups, c10::string_view activation, bool mean,
                                   bool winograd, bool inplace) {
-  TORCH_CHECK(x_.dim() == 4 && weight_.dim() == (winograd ? 3 : 4) && x_.scalar_type() == at::kFloat &&
-                  (weight_.scalar_type() == at::kFloat || (weight_.scalar_type() == at::kBFloat16 && !winograd)),
-              "x and weight must be four-dimensional, a transformed weight three-dimensional, and float32, or the "
-              "weight bfloat16");
+  TORCH_CHECK(x_.dim() == 4 && weight_.dim() == 4 && x_.scalar_type() == at::kFloat &&
+                  (weight_.scalar_type() == at::kFloat || weight_.scalar_type() == at::kBFloat16),
+              "x and weight must be four-dimensional and float32, or the weight bfloat16");
   TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding and dilation are pairs");
-  const Tensor x = x_.contiguous(), weight = readable(winograd ? weight_.contiguous() : with_rows(weight_));
+  const Tensor x = x_.contiguous(), weight = readable(with_rows(weight_));
   const auto bias = contiguous(bias_), in_index = contiguous(in_index_), out_index = contiguous(out_index_),
              residual = contiguous(residual_);
-  const int64_t out_all = weight.size(winograd ? 1 : 0), cg = weight.size(winograd ? 2 : 1);
-  const std::array<int64_t, 2> kernel_size = {winograd ? 3 : weight.size(2), winograd ? 3 : weight.size(3)};
+  const int64_t out_all = weight.size(0), cg = weight.size(1);
+  const std::array<int64_t, 2> kernel_size = {weight.size(2), weight.size(3)};
   check_index(in_index, cg, "in_index");
   check_index(out_index, out_all, "out_index");
   const int64_t B = x.size(0), taps = kernel_size[0] * kernel_size[1];
@@ -322,8 +321,9 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
 
   auto all = [](at::IntArrayRef a, int64_t value) { return a[0] == value && a[1] == value; };
   const bool direct = taps == 1 && all(stride, 1) && all(padding, 0);
-  TORCH_CHECK(!winograd || (weight.size(0) == 16 && groups == 1 && all(stride, 1) && all(dilation, 1)),
-              "F(2×2, 3×3) needs a weight (16, C_out, C_in), and stride, dilation and groups of 1");
+  TORCH_CHECK(!winograd || (all(kernel_size, 3) && groups == 1 && all(stride, 1) && all(dilation, 1) &&
+                            weight_.scalar_type() == at::kFloat),
+              "F(2×2, 3×3) needs a weight (C_out, C_in, 3, 3), float32, and stride, dilation and groups of 1");
   const int64_t height = winograd ? (Ho + 1) / 2 : Ho, width = winograd ? (Wo + 1) / 2 : Wo;  // in tiles or pixels
   optional<Padded> p;
   if (winograd)
@@ -361,11 +361,11 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const Weights w(weight, in_index, out_index, rows_of_index, K, each);
 
   // What is cut among threads: vectors of pixels, or rows of tiles.
-  const int64_t steps = winograd ? height : (N + kernel.lanes - 1) / kernel.lanes;
-  const Cut c = cut(B * G, steps, R, flops);
+  const int64_t vectors = (height * width + kernel.lanes - 1) / kernel.lanes, steps = winograd ? height : vectors;
+  const Cut c = cut(B * G, std::min(vectors, 4 * steps), R, flops);
   Tensor partial;
   if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
-  const int64_t need = winograd ? kernel.winograd_scratch(R, 16 * 4 * R * w.ldw)
+  const int64_t need = winograd ? kernel.winograd_scratch(K, R, height * width)
                                 : kernel.scratch(K * taps, w.row_length, R, 4 * R * w.ldw);
   for_all(B * G * c.chunks * c.row_cuts, flops, [&](int64_t i) {
     const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
@@ -401,7 +401,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     const int64_t r0 = R * row_cut / c.row_cuts, r1 = R * (row_cut + 1) / c.row_cuts;
     float* sums = to ? to + b * R_all + g * R : nullptr;
     if (winograd)
-      kernel.winograd({l, out_all * cg, Ho, Wo}, begin, end, r0, r1, scratch_memory(need), sums);
+      kernel.winograd({l, Ho, Wo}, begin, end, r0, r1, scratch_memory(need), sums);
     else
       (w.pairs ? pair_kernels()->layer : kernel.layer)(l, begin, end, r0, r1, scratch_memory(need), sums);
   });

@@ -1,12 +1,66 @@
 // Winograd's minimal filtering F(2×2, 3×3) over active sets: 16 products where a 3×3 convolution has 36 (Lavin and Gray
 // 2016, arXiv:1509.09308, section 4.1). A tile is 2×2 pixels of the output; each of its 16 positions in the transformed
-// domain is a product of matrices of its own, by the tiles of kernel.inl, so that here too no weight is copied.
-// Included by kernel.inl.
+// domain is a product of matrices of its own, by the tiles of kernel.inl. Weights are transformed in each run, those that
+// are active only: that takes a few percent of the products' time, and all of them would be 16/9 of the model's. Included
+// by kernel.inl.
 
 // What a panel holds at once: a block of channels of all positions stays in the second-level cache.
 constexpr int64_t W_BLOCK = 128;
 // Positions lie a cache line further apart than their size, a power of two, which would put them in the same sets.
 constexpr int64_t APART = 16;
+
+// to[t * pitch + j] = tap t of channel columns[j] of a row of the weight; those of the next row are fetched meanwhile.
+GP_INLINE void gather_taps(const float* row, const float* next, const int32_t* columns, int64_t n, float* to,
+                           int64_t pitch) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    const float* of[4];
+    for (int i = 0; i < 4; i++) {
+      of[i] = row + 9 * columns[j + i];
+      __builtin_prefetch(next + 9 * columns[j + i]);
+      __builtin_prefetch(next + 9 * columns[j + i] + 8);
+    }
+    for (int t = 0; t < 8; t += 4) transpose4(of[0] + t, of[1] + t, of[2] + t, of[3] + t, to + t * pitch + j, pitch);
+    for (int i = 0; i < 4; i++) to[8 * pitch + j + i] = of[i][8];
+  }
+  for (; j < n; j++)
+    for (int t = 0; t < 9; t++) to[t * pitch + j] = row[9 * columns[j] + t];
+}
+
+// to[p * position + (r - r0) * pitch + k - k0] = G g G^T at position p, of active rows [r0, r1) and columns [k0, k1).
+GP_INLINE void transform_weights(const Layer& l, int64_t r0, int64_t r1, int64_t last, int64_t k0, int64_t k1,
+                                 float* to, int64_t pitch, int64_t position) {
+  alignas(64) float taps[9 * W_BLOCK] = {};
+  for (int64_t r = r0; r < r1; r++, to += pitch) {
+    gather_taps(row_of(l, r), row_of(l, std::min(r + 1, last)), l.columns + k0, k1 - k0, taps, pitch);
+    for (int64_t k = 0; k < pitch; k += L) {
+      V w[12];
+      GP_UNROLL for (int j = 0; j < 3; j++) {
+        const V a = *(const V*)(taps + j * pitch + k), b = *(const V*)(taps + (3 + j) * pitch + k),
+                c = *(const V*)(taps + (6 + j) * pitch + k);
+        w[j] = a;
+        w[3 + j] = 0.5f * (a + c + b);
+        w[6 + j] = 0.5f * (a + c - b);
+        w[9 + j] = c;
+      }
+      GP_UNROLL for (int i = 0; i < 4; i++) {
+        const V a = w[3 * i], b = w[3 * i + 1], c = w[3 * i + 2];
+        float* at = to + 4 * i * position + k;
+        *(V*)at = a;
+        *(V*)(at + position) = 0.5f * (a + c + b);
+        *(V*)(at + 2 * position) = 0.5f * (a + c - b);
+        *(V*)(at + 3 * position) = c;
+      }
+    }
+  }
+}
+
+// Into the second-level cache: part p of 16 of what `transform_weights` will read, rows [r0, r1) and columns [k0, k1).
+GP_INLINE void fetch_weights(const Layer& l, int64_t r0, int64_t r1, int64_t k0, int64_t k1, int64_t p) {
+  const int64_t begin = 9 * l.columns[k0], end = 9 * (l.columns[k1 - 1] + 1);
+  for (int64_t r = r0 + (r1 - r0) * p / 16; r < r0 + (r1 - r0) * (p + 1) / 16; r++)
+    for (int64_t i = begin; i < end; i += 16) __builtin_prefetch(row_of(l, r) + i, 0, 2);
+}
 
 // to[p] = B^T d B at position p, for the channels [k0, k1) of x. g: of the tiles in a panel, as for 16 taps.
 template <int NV>
@@ -134,40 +188,61 @@ GP_INLINE void transform_out(const Winograd& c, const float* acc, int64_t positi
 
 // Panels that share each weight, as in kernel.inl; a panel is sixteen times as large here.
 constexpr int64_t W_MAX_GROUP = 2;
-static int64_t winograd_group(int64_t weight_bytes) { return weight_bytes > (512 << 10) ? W_MAX_GROUP : 1; }
 
-static int64_t winograd_scratch(int64_t rows, int64_t weight_bytes) {
+// How the work is cut: into groups of panels, each by blocks of channels and STEP rows. Of one group the weights of a
+// block are transformed where they are needed, in memory that the next block takes; several groups keep them.
+struct WinogradPlan {
+  int64_t pitch, position, block;  // floats: of a row of transformed weights, between positions, and of a block
+  int64_t row_blocks, blocks;      // how many blocks of rows there are, and how many blocks are kept
+  int64_t group;                   // panels
+  WinogradPlan(int64_t channels, int64_t rows, int64_t tiles) {
+    const int64_t vectors = (tiles + L - 1) / L;
+    group = 64 * rows * channels > (512 << 10) ? W_MAX_GROUP : 1;
+    pitch = whole_vectors(std::min(channels, W_BLOCK));
+    position = STEP * pitch + APART;
+    block = 16 * position;
+    row_blocks = (rows + STEP - 1) / STEP;
+    blocks = split(vectors).count <= group ? 1 : row_blocks * ((channels + W_BLOCK - 1) / W_BLOCK);
+  }
+};
+
+static int64_t winograd_scratch(int64_t channels, int64_t rows, int64_t tiles) {
+  const WinogradPlan plan(channels, rows, tiles);
   const int64_t width = GP_MAX_NV * L;
-  return winograd_group(weight_bytes) * 16 * (width * (W_BLOCK + rows) + 2 * APART) + rows * L + 64;
+  return plan.blocks * plan.block + plan.group * 16 * (width * (W_BLOCK + rows) + 2 * APART) + rows * L + 64;
 }
 
 GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* memory,
                                float* sums) {
   static const TileTable tiles;
+  static const auto identity = [] {
+    std::array<int32_t, W_BLOCK> columns;
+    std::iota(columns.begin(), columns.end(), 0);
+    return columns;
+  }();
   const Layer& l = c.layer;
-  const int64_t rows = r1 - r0, most = winograd_group(16 * 4 * l.rows * l.ldw);
+  const int64_t rows = r1 - r0, begin = h0 * l.width, end = h1 * l.width;
+  const WinogradPlan how(l.channels, rows, end - begin);
   float* totals = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
   if (sums) std::memset(totals, 0, rows * L * sizeof(float));
-  float* packed = totals + rows * L;
+  float *weights = totals + rows * L, *packed = weights + how.blocks * how.block;
   Gather gather[W_MAX_GROUP];
   Places places[W_MAX_GROUP][GP_MAX_NV];
-  const int64_t begin = h0 * l.width, end = h1 * l.width;
+  const int64_t widest = GP_MAX_NV * L, position = widest * W_BLOCK + APART, panel = 16 * position;
+  const int64_t acc_position = widest * rows + APART, acc_panel = 16 * acc_position;
+  float* acc = packed + how.group * panel;
   for (int64_t left = (end - begin + L - 1) / L, n0 = begin; left > 0;) {
-    const Panels all = split(left);
-    const int nv = all.nv, tall = TILE_ROWS[nv];
-    const int64_t group = std::min(most, all.wide);
-    const int64_t width = nv * L, position = width * W_BLOCK + APART, panel = 16 * position;
-    const int64_t acc_position = width * rows + APART, acc_panel = 16 * acc_position;
-    float* acc = packed + group * panel;
-    for (int64_t q = 0; q < group; q++) {
-      plan(l, n0 + q * width, nv, gather[q]);
-      for (int v = 0; v < nv; v++) plan_out(c, n0 + q * width + v * L, end, places[q][v]);
+    const Panels all = split(left), g = all.first(std::min(how.group, all.count));
+    for (int64_t q = 0; q < g.count; q++) {
+      const int64_t first = n0 + g.start(q) * L;
+      plan(l, first, g.vectors(q), gather[q]);
+      for (int v = 0; v < g.vectors(q); v++) plan_out(c, first + v * L, end, places[q][v]);
     }
-    for (int64_t k0 = 0; k0 < l.channels; k0 += W_BLOCK) {
+    for (int64_t k0 = 0; k0 < l.channels || k0 == 0; k0 += W_BLOCK) {
       const int64_t k1 = std::min(l.channels, k0 + W_BLOCK);
-      for (int64_t q = 0; q < group; q++) {
+      for (int64_t q = 0; q < g.count; q++) {
         float* to = packed + q * panel;
-        switch (nv) {
+        switch (g.vectors(q)) {
           case 1: transform_in<1>(l, gather[q], k0, k1, to, position); break;
           case 2: transform_in<2>(l, gather[q], k0, k1, to, position); break;
 #if GP_MAX_NV > 2
@@ -176,28 +251,36 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
 #endif
         }
       }
-      for (int64_t p = 0; p < 16; p++)
-        for (int64_t r = r0; r < r1;) {
-          const int height = int(std::min<int64_t>(tall, r1 - r));
-          const float *row[16], *ahead[16];
-          const bool wrap = r + height >= r1;  // the first rows of the next position
-          const int64_t from = wrap ? r0 : r + height;
-          const float *here = c.layer.weight + p * c.position, *there = wrap ? here + c.position : here;
-          for (int i = 0; i < height; i++) {
-            row[i] = here + row_number(l, r + i) * l.ldw;
-            ahead[i] = there + row_number(l, std::min(from + i, r1 - 1)) * l.ldw;
+      for (int64_t s0 = r0; s0 < r1; s0 += STEP) {
+        const int64_t s1 = std::min(s0 + STEP, r1);
+        const int64_t kept = how.blocks > 1 ? k0 / W_BLOCK * how.row_blocks + (s0 - r0) / STEP : 0;
+        float* w = weights + kept * how.block;
+        const bool transform = how.blocks == 1 || n0 == begin, wrap = s1 == r1;
+        if (transform) transform_weights(l, s0, s1, r1 - 1, k0, k1, w, how.pitch, how.position);
+        const int64_t next = wrap ? r0 : s1, next_k0 = wrap ? k1 : k0;
+        for (int64_t p = 0; p < 16; p++) {
+          if (transform && next_k0 < l.channels)
+            fetch_weights(l, next, std::min(next + STEP, r1), next_k0, std::min(next_k0 + W_BLOCK, l.channels), p);
+          for (int64_t q = 0; q < g.count; q++) {
+            const int nv = g.vectors(q), tall = TILE_ROWS[nv];
+            for (int64_t r = s0; r < s1; r += tall) {
+              const int height = int(std::min<int64_t>(tall, s1 - r));
+              const float* row[16];
+              for (int i = 0; i < height; i++) row[i] = w + p * how.position + (r - s0 + i) * how.pitch;
+              tiles.of[0][nv][height](row, identity.data(), k1 - k0, packed + q * panel + p * position,
+                                      acc + q * acc_panel + p * acc_position + (r - r0) * nv * L, k0 == 0, nullptr,
+                                      nullptr, Goal{});
+            }
           }
-          for (int64_t q = 0; q < group; q++)
-            tiles.of[0][nv][height](row, l.columns + k0, k1 - k0, packed + q * panel + p * position,
-                                    acc + q * acc_panel + p * acc_position + (r - r0) * width, k0 == 0,
-                                    q == 0 && !(wrap && p == 15) ? ahead : nullptr, l.columns + k0, Goal{});
-          r += height;
         }
+        if (k1 == l.channels)
+          for (int64_t q = 0; q < g.count; q++)
+            transform_out(c, acc + q * acc_panel + (s0 - r0) * g.vectors(q) * L, acc_position, s0, s1, g.vectors(q),
+                          places[q], sums ? totals + (s0 - r0) * L : nullptr);
+      }
     }
-    for (int64_t q = 0; q < group; q++)
-      transform_out(c, acc + q * acc_panel, acc_position, r0, r1, nv, places[q], sums ? totals : nullptr);
-    n0 += group * width;
-    left -= group * nv;
+    n0 += g.start(g.count) * L;
+    left -= g.start(g.count);
   }
   if (sums)
     for (int64_t r = r0; r < r1; r++) sums[r] += hsum(*(const V*)(totals + (r - r0) * L));
