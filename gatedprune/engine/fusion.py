@@ -17,6 +17,8 @@ from . import narrow, selection
 __all__ = ["fuse"]
 
 _aten = torch.ops.aten
+# Their results are memory of their own.
+_FRESH = (narrow.NarrowConv2d, selection.Selector, narrow.MaxPool2d, narrow.UpsampleBilinear2d)
 _POINTWISE = frozenset(["gelu", "relu", "silu", "hardswish", "hardtanh", "relu6", "leaky_relu", "elu", "mish"]
                        + ["sigmoid", "tanh", "softplus", "hardsigmoid", "square", "dropout", "quick_gelu"])  # fmt: skip
 
@@ -115,7 +117,7 @@ def _done_with(root: nn.Module, value: fx.Node, reader: fx.Node) -> bool:
 
 def _aliases(root: nn.Module, node: fx.Node) -> bool:
     """Whether the node's result may be its argument's memory: anything but our layers and gates."""
-    return not isinstance(_module(root, node), (narrow.NarrowConv2d, selection.Selector, narrow.MaxPool2d))
+    return not isinstance(_module(root, node), _FRESH)
 
 
 def _columns(root: nn.Module, node: fx.Node) -> None:

@@ -20,7 +20,10 @@ from .operands import same, scalar, without_channels
 if TYPE_CHECKING:
     from .lowering import Lowering
 
-__all__ = ["handler_of", "max_pool"]
+__all__ = ["RESAMPLING", "handler_of", "resampling"]
+
+# Of each channel by itself; the native backend has its own.
+RESAMPLING = ("max_pool2d", "upsample_bilinear2d")
 
 Handler = Callable[["Lowering", fx.Node, list[fx.Node]], "fx.Node | None"]
 
@@ -89,16 +92,24 @@ def _pointwise(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | N
     return low.graph.node_copy(node, low.env.__getitem__)
 
 
-def max_pool(low: Lowering, node: fx.Node) -> nn.Module | None:
-    """A max pooling as a module of the native backend; None where it has no such."""
-    kernel, stride, padding, dilation, ceil = (*node.args[1:], *[None] * 5)[:5]
-    if not low.native or node.kwargs or len(low.flow.shape(node)) != 4 or set(dilation or [1]) != {1}:  # type: ignore[arg-type]
+def resampling(low: Lowering, node: fx.Node) -> nn.Module | None:
+    """A max pooling or bilinear interpolation as a module of the native backend; None where it has no such."""
+    if not low.native or node.kwargs or len(low.flow.shape(node)) != 4:
         return None
-    return narrow.MaxPool2d(_pair(kernel, 1), _pair(stride or kernel, 1), _pair(padding, 0), bool(ceil))
+    if operators.op_name(node.target) == "max_pool2d":
+        kernel, stride, padding, dilation, ceil = (*node.args[1:], *[None] * 5)[:5]
+        if set(dilation or [1]) != {1}:  # type: ignore[arg-type]
+            return None
+        return narrow.MaxPool2d(_pair(kernel, 1), _pair(stride or kernel, 1), _pair(padding, 0), bool(ceil))
+    arguments: tuple[Any, ...] = node.args[1:]
+    if node.target is not _aten.upsample_bilinear2d.vec or len(node.all_input_nodes) > 1:
+        return None
+    factors = None if arguments[2] is None else [float(f) for f in arguments[2]]
+    return narrow.UpsampleBilinear2d(list(low.flow.shape(node)[2:]), bool(arguments[1]), factors)
 
 
-def _max_pool(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
-    module = max_pool(low, node)
+def _resampling(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
+    module = resampling(low, node)
     if module is None:
         return _pointwise(low, node, held)
     after = same(low, node, held[0])
@@ -361,7 +372,7 @@ _TABLE: dict[str, Handler] = {
     "matmul": attention_handlers.matmul,
     "bmm": attention_handlers.matmul,
     "einsum": attention_handlers.einsum,
-    "max_pool2d": _max_pool,
+    **dict.fromkeys(RESAMPLING, _resampling),
     "pad": _pad,
     "constant_pad_nd": _pad,
     **dict.fromkeys(_SIZED | _SPLITTING | _UNSIZED, _move),

@@ -19,7 +19,7 @@ from ..sites import Analysis, SiteNodes, norm_options, operators
 from . import narrow, narrow_norms, selection, winograd
 from .constants import Constants
 from .fusion import fuse
-from .handlers import handler_of, max_pool
+from .handlers import RESAMPLING, handler_of, resampling
 from .layout import Layout, Layouts
 from .rows import rows_apart
 
@@ -203,10 +203,10 @@ class Lowering:
             if affine is not None and node.meta["val"].dtype is torch.float32:
                 module = narrow.NarrowAffine(affine[0].float(), affine[1].float(), native=True)
                 return self._apply_gain(node, self.module(self.name(node), module, (self.env[x], None)))  # type: ignore[index]
-        if name == "max_pool2d" and not held and not self.wakened(node):
-            pool = max_pool(self, node)
-            if pool is not None:
-                return self._apply_gain(node, self.module(self.name(node), pool, (self.env[node.args[0]],)))  # type: ignore[index]
+        if name in RESAMPLING and not held and not self.wakened(node):
+            own = resampling(self, node)
+            if own is not None:
+                return self._apply_gain(node, self.module(self.name(node), own, (self.env[node.args[0]],)))  # type: ignore[index]
         norm = self._masked_norm(node)
         return self._apply_gain(node, self._as_captured(node) if norm is None else norm)
 

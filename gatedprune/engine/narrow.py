@@ -29,6 +29,7 @@ __all__ = [
     "ACTIVATIONS",
     "AddInto",
     "MaxPool2d",
+    "UpsampleBilinear2d",
     "NarrowAffine",
     "NarrowConv2d",
     "NarrowLinear",
@@ -205,6 +206,27 @@ class MaxPool2d(nn.Module):
             y: Tensor = torch.ops.gatedprune.max_pool2d(x, *self.options, self.ceil_mode)
             return y
         return F.max_pool2d(x, *self.options, 1, self.ceil_mode)
+
+
+class UpsampleBilinear2d(nn.Module):
+    """Bilinear interpolation; (B, C, H, W) → (B, C, *size).
+
+    Args:
+        size: (H', W').
+        factors: (H, W): what the size was multiplied by, if that decides where pixels lie, as in PyTorch.
+    """
+
+    def __init__(self, size: list[int], align_corners: bool, factors: list[float] | None) -> None:
+        super().__init__()
+        self.size, self.align_corners, self.factors = size, align_corners, factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        if fits(x):
+            y: Tensor = torch.ops.gatedprune.upsample_bilinear2d(x, self.size, self.align_corners, self.factors)
+            return y
+        scales: Any = self.factors or [None, None]
+        z: Tensor = torch.ops.aten.upsample_bilinear2d(x, self.size, self.align_corners, *scales)
+        return z
 
 
 class NarrowAffine(nn.Module):

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from gatedprune import compact, wrap
 from gatedprune.engine import native
-from gatedprune.engine.narrow import MaxPool2d, NarrowConv2d, NarrowLinear
+from gatedprune.engine.narrow import MaxPool2d, NarrowConv2d, NarrowLinear, UpsampleBilinear2d
 from gatedprune.engine.selection import Selector
 from gatedprune.errors import BackendError, ConfigError
 from gatedprune.testing.case import enliven, excite
@@ -68,6 +69,36 @@ def test_max_pooling_is_native_where_no_channel_is_missing_too() -> None:
     assert [m for m in fast.modules() if isinstance(m, MaxPool2d)]
     assert not any("max_pool" in str(n.target) for n in fast.prepare(x).graph.nodes if n.op == "call_function")
     assert any("max_pool" in str(n.target) for n in plain.prepare(x).graph.nodes if n.op == "call_function")
+
+
+class Decoder(nn.Module):
+    """Interpolates what is narrow, and what holds all its channels."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 16), (16, 24), (24, 8), (8, 4)))
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = nn.functional.interpolate(layer(x).relu(), mode="bilinear", **self.options)
+        return x
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "options", [{"scale_factor": 2}, {"scale_factor": 1.3}, {"size": (9, 17)}, {"size": (7, 30), "align_corners": True}]
+)
+def test_interpolation_is_native(options: dict) -> None:
+    x = torch.randn(2, 3, 6, 11)
+    gated = wrap(Decoder(**options).eval(), ratio=0.5, example_inputs=x)
+    fast, plain = compact(gated, x), compact(gated, x, backend="torch")
+    assert len([m for m in fast.modules() if isinstance(m, UpsampleBilinear2d)]) == 4
+    for model in (fast, plain):
+        torch.testing.assert_close(model(x), gated(x), rtol=1e-4, atol=1e-5)
+    own = next(m for m in fast.modules() if isinstance(m, UpsampleBilinear2d))
+    y = torch.randn(1, 2, 6, 11)
+    torch.testing.assert_close(own(y.double()).float(), own(y), rtol=1e-6, atol=1e-5)  # and elsewhere PyTorch's
 
 
 @needs_native

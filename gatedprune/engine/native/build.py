@@ -183,6 +183,10 @@ def _register_fakes() -> None:
     def max_pool2d(x, kernel, stride, padding, ceil_mode):
         return torch.nn.functional.max_pool2d(x, kernel, stride, padding, 1, ceil_mode)
 
+    @torch.library.register_fake("gatedprune::upsample_bilinear2d")
+    def upsample_bilinear2d(x, size, align_corners, factors):
+        return x.new_empty((*x.shape[:2], *size))
+
     @torch.library.register_fake("gatedprune::linear")
     def linear(x, weight, bias, in_index, out_index, gain, residual, activation, x_columns=False, y_columns=False):
         shape = list(x.shape)

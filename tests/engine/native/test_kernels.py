@@ -306,6 +306,41 @@ def test_max_pool(seed: int, size: tuple, kernel: tuple, stride: tuple, ceil: bo
     torch.testing.assert_close(ops.max_pool2d(x, kernel, stride, padding, ceil), want, rtol=0, atol=0, equal_nan=True)
 
 
+@given(
+    seed=st.integers(0, 1000), size=st.tuples(st.integers(1, 20), st.integers(1, 40)),
+    to=st.tuples(st.integers(1, 45), st.integers(1, 90)), factors=st.tuples(st.floats(0.6, 3.2), st.floats(0.6, 3.2)),
+    corners=st.booleans(), by_factors=st.booleans(), threads=st.integers(1, 2),
+)  # fmt: skip
+@FUZZ
+def test_upsample_bilinear(seed: int, size: tuple, to: tuple, factors: tuple, corners: bool, by_factors: bool,
+                           threads: int) -> None:  # fmt: skip
+    x = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(seed))
+    if by_factors:
+        to = tuple(max(1, int(n * f)) for n, f in zip(size, factors, strict=True))
+    scales = factors if by_factors else (None, None)
+    want = torch.ops.aten.upsample_bilinear2d(x, to, corners, *scales)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = ops.upsample_bilinear2d(x.transpose(2, 3).contiguous().transpose(2, 3), to, corners,
+                                        factors if by_factors else None)  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    # Where a pixel lies is rounded, to 4e-6 at 64, and values lie several units apart.
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=5e-5)
+
+
+def test_upsample_of_nothing_and_of_what_it_cannot_do() -> None:
+    assert ops.upsample_bilinear2d(torch.zeros(0, 3, 4, 4), [8, 8], False, None).shape == (0, 3, 8, 8)
+    for x, size, factors in [
+        (torch.zeros(1, 3, 0, 4), [8, 8], None), (torch.zeros(1, 3, 4, 4), [0, 8], None),
+        (torch.zeros(3, 4, 4), [8, 8], None), (torch.zeros(1, 3, 4, 4).double(), [8, 8], None),
+        (torch.zeros(1, 3, 4, 4), [8, 8], [2.0]),
+    ]:  # fmt: skip
+        with pytest.raises(RuntimeError):
+            ops.upsample_bilinear2d(x, size, False, factors)
+
+
 @pytest.mark.parametrize("activation", ["", *ACTIVATIONS])
 def test_activations_over_their_range(activation: str) -> None:
     """From underflow to overflow, and NaN and infinities as PyTorch has them."""
@@ -576,6 +611,7 @@ def test_operators_are_well_registered() -> None:
         )
     torch.library.opcheck(ops.subsample.default, (x, 1), test_utils=checks)
     torch.library.opcheck(ops.max_pool2d.default, (x, [3, 3], [2, 2], [1, 1], False), test_utils=checks)
+    torch.library.opcheck(ops.upsample_bilinear2d.default, (x, [5, 20], False, None), test_utils=checks)
     for mean in (True, False):
         torch.library.opcheck(ops.affine.default, (x, torch.ones(5), torch.ones(5), i, "", mean), test_utils=checks)
     s = torch.rand(2, 5)

@@ -202,6 +202,7 @@ struct Goal {
   const Layer* layer;
   int64_t r, n0;
   float* sums;
+  const char* ahead;  // a line of it is fetched for every four columns; or null
 };
 
 #ifdef GP_PAIRS
@@ -229,6 +230,11 @@ GP_INLINE V weight(const float* p) { return splat(*p); }
 GP_INLINE void pair_rows(float*, int64_t, int64_t) {}
 #endif
 
+// Beyond what a tile of n columns has fetched.
+GP_INLINE const char* advance(const Range& ahead, const char* at, int64_t n) {
+  return at && ahead.end - at > n * 16 ? at + n * 16 : nullptr;
+}
+
 // a[r][v] += w[r][q] * x[v].
 template <int R, int NV>
 GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)[NV]) {
@@ -244,7 +250,7 @@ GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)
 // is done while they are in registers; for activations that are bounds.
 //
 // Weights come from memory, in runs too short for the hardware to foresee: meanwhile the rows `ahead` are fetched, which
-// the next tile will read at `ahead_columns`.
+// the next tile will read at `ahead_columns`, and some of what the operators after this one read.
 template <int R, int NV, bool FINISH>
 GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int64_t n, const float* panel, float* acc,
                            bool first, const float* const* ahead, const int32_t* ahead_columns, const Goal& goal) {
@@ -255,7 +261,9 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
     GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = first ? V{} : *(const V*)(acc + (r * NV + v) * L);
   }
   int64_t k = 0;
+  const char* later = goal.ahead;
   for (; k + 4 <= n; k += 4, panel += 4 * NV * L) {
+    if (later) __builtin_prefetch(later + k * 16);
     if (ahead) {
       const int64_t next = ahead_columns[k];
       GP_UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + next);
@@ -521,6 +529,7 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   static const TileTable tiles;
   const int64_t depth = l.channels * l.taps, rows = r1 - r0;
   const int64_t most = group_size(depth, l.rows, 4 * l.rows * l.ldw);
+  const char* later = l.ahead.begin;
   const bool bounds = !l.tokens_out && l.activation <= Activation::relu6;
   float* packed = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
   float* totals = packed;  // of |y|, a vector for each row
@@ -576,7 +585,8 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
               float* a = acc + p * acc_panel + (r - r0) * nv * L;
               tiles.of[bounds && last][nv][height](row, l.columns + q0, n, packed + p * block, a, k0 == 0,
                                                    more && p == 0 ? ahead : nullptr, l.columns + (wrap ? q0 + n : q0),
-                                                   Goal{&l, r, pixel(p), sum});
+                                                   Goal{&l, r, pixel(p), sum, later});
+              later = advance(l.ahead, later, n);
               if (last && !bounds && !l.tokens_out)
                 for (int i = 0; i < height; i++)
                   finish(l, a + i * nv * L, r + i, pixel(p), nv, sum ? sum + i * L : nullptr);
@@ -827,6 +837,8 @@ GP_TARGET static float abs_sum(const float* x, int64_t n) {
 }
 
 #include "winograd.inl"
+
+#include "resize.inl"
 
 }  // namespace GP_NS
 }  // namespace gatedprune

@@ -13,6 +13,11 @@ enum class Source : int32_t {
   tokens,      // token n: x + n * plane, its channels one after the other
 };
 
+// Memory that later operators will read: from the main memory that takes long, so that a layer fetches some of it.
+struct Range {
+  const char *begin = nullptr, *end = nullptr;
+};
+
 struct Layer {
   Source source;
   const float* x;
@@ -40,6 +45,7 @@ struct Layer {
   float* y;
   bool tokens_out;
   int64_t ldy;  // row r at y + r * ldy; if tokens_out, token n at y + n * ldy
+  Range ahead;
 };
 
 // One channel of a depthwise convolution or, without weights, of a max pooling: x is a padded copy.
@@ -74,6 +80,17 @@ struct Winograd {
   int64_t out_height, out_width;
 };
 
+// Interpolation along one dimension: output i is near[i] * x[first[i]] + far[i] * x[second[i]].
+struct Axis {
+  int64_t count;
+  const int32_t *first, *second;
+  const float *near, *far;
+};
+struct Resize {
+  int64_t width;  // of the input
+  Axis rows, columns;
+};
+
 // Kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -94,6 +111,8 @@ struct Kernels {
   int64_t (*winograd_scratch)(int64_t channels, int64_t rows, int64_t tiles);
   // Computes rows [h0, h1) of tiles and rows [r0, r1).
   void (*winograd)(const Winograd&, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* scratch, float* sums);
+  // `lines`: two rows of the output, of whole vectors and aligned.
+  void (*resize)(const Resize&, const float* x, float* y, float* lines);
 };
 
 // Of bfloat16 weights: rows as above, but of pairs of neighbours, as if each were a float; `ldw` and `columns` count pairs,

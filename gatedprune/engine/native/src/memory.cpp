@@ -90,4 +90,9 @@ at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return current ? current->empty(sizes, options) : at::empty(sizes, options);
 }
 
+Range& ahead() {
+  thread_local Range range;
+  return range;
+}
+
 }  // namespace gatedprune

@@ -1,5 +1,6 @@
-// Memory of results.
+// Memory of results, and what is fetched ahead.
 #pragma once
+#include "layer.h"
 #include <ATen/ATen.h>
 
 #include <memory>
@@ -44,5 +45,8 @@ class Within {
 
 // Like `at::empty`.
 at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// What a program that runs in this thread will read after the operator that is running.
+Range& ahead();
 
 }  // namespace gatedprune

@@ -192,6 +192,12 @@ Cut cut(int64_t items, int64_t vectors, int64_t rows, double flops) {
   return {chunks, row_cuts};
 }
 
+// The i-th of n parts.
+Range part(const Range& r, int64_t i, int64_t n) {
+  const int64_t bytes = r.end - r.begin;
+  return {r.begin + bytes * i / n, r.begin + bytes * (i + 1) / n};
+}
+
 template <typename F>
 void for_all(int64_t tasks, double flops, const F& run) {
   at::parallel_for(0, tasks, flops < 2e5 ? tasks : 1, [&](int64_t begin, int64_t end) {
@@ -367,6 +373,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
   const int64_t need = winograd ? kernel.winograd_scratch(K, R, height * width)
                                 : kernel.scratch(K * taps, w.row_length, R, 4 * R * w.ldw);
+  const Range later = ahead();
   for_all(B * G * c.chunks * c.row_cuts, flops, [&](int64_t i) {
     const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
     const int64_t b = item / G, g = item % G, s = b / repeat;
@@ -396,6 +403,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     l.y = out + at;
     l.tokens_out = false;
     l.ldy = N;
+    l.ahead = part(later, i, B * G * c.chunks * c.row_cuts);
     float* to = !mean ? nullptr : c.chunks > 1 ? partial.mutable_data_ptr<float>() + chunk * B * R_all : sum_of;
     const int64_t begin = steps * chunk / c.chunks, end = steps * (chunk + 1) / c.chunks;
     const int64_t r0 = R * row_cut / c.row_cuts, r1 = R * (row_cut + 1) / c.row_cuts;
@@ -461,6 +469,55 @@ Tensor max_pool2d(const Tensor& x_, at::IntArrayRef kernel, at::IntArrayRef stri
   return y;
 }
 
+// Where outputs of a bilinear interpolation lie between inputs, computed as PyTorch does.
+struct Between {
+  std::vector<int32_t> first, second;
+  std::vector<float> near, far;
+  Between(int64_t from, int64_t to, bool align_corners, optional<double> factor)
+      : first(to), second(to), near(to), far(to) {
+    // The same size is a copy, whatever the factor.
+    const float step = from == to              ? 1.f
+                       : align_corners         ? (to > 1 ? float(from - 1) / float(to - 1) : 0.f)
+                       : factor && *factor > 0 ? float(1.0 / *factor)
+                                               : float(from) / float(to);
+    for (int64_t i = 0; i < to; i++) {
+      const float at = align_corners || from == to ? step * float(i) : std::max(0.f, step * (float(i) + 0.5f) - 0.5f);
+      const int64_t below = std::min<int64_t>(int64_t(at), from - 1);
+      first[i] = int32_t(below);
+      second[i] = int32_t(std::min(below + 1, from - 1));
+      far[i] = std::min(std::max(at - float(below), 0.f), 1.f);
+      near[i] = 1.f - far[i];
+    }
+  }
+  Axis axis() const { return {int64_t(first.size()), first.data(), second.data(), near.data(), far.data()}; }
+};
+
+// Bilinear interpolation, (B, C, H, W) → (B, C, H', W'): PyTorch's own computes pixel by pixel. `factors`: what the size
+// was multiplied by, if that is to decide where pixels lie.
+Tensor upsample_bilinear2d(const Tensor& x_, at::IntArrayRef size, bool align_corners,
+                           const optional<at::ArrayRef<double>>& factors) {
+  TORCH_CHECK(x_.dim() == 4 && x_.scalar_type() == at::kFloat, "x must be (B, C, H, W), float32");
+  TORCH_CHECK(size.size() == 2 && size[0] > 0 && size[1] > 0 && x_.size(2) > 0 && x_.size(3) > 0,
+              "input and output must have pixels");
+  TORCH_CHECK(!factors || factors->size() == 2, "factors are a pair");
+  const Tensor x = x_.contiguous();
+  const int64_t planes = x.size(0) * x.size(1), H = x.size(2), W = x.size(3), lanes = kernels().lanes;
+  Tensor y = fresh({x.size(0), x.size(1), size[0], size[1]}, x.options());
+  const Between rows(H, size[0], align_corners, factors ? optional<double>((*factors)[0]) : std::nullopt);
+  const Between columns(W, size[1], align_corners, factors ? optional<double>((*factors)[1]) : std::nullopt);
+  const Resize how{W, rows.axis(), columns.axis()};
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  const auto run = kernels().resize;
+  const int64_t pixels = size[0] * size[1], line = (size[1] + lanes - 1) / lanes * lanes;
+  at::parallel_for(0, planes, std::max<int64_t>(1, 32768 / pixels), [&](int64_t begin, int64_t end) {
+    float* memory = scratch_memory(2 * line + 16);
+    float* lines = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    for (int64_t i = begin; i < end; i++) run(how, from + i * H * W, to + i * pixels, lines);
+  });
+  return y;
+}
+
 // Linear layer over active sets, then bias, gain, residual and activation: x (B, …, n_in) → (B, …, n_out).
 // `x_columns`: x is (B, n_in, …); `y_columns`: the result is (B, n_out, …). Between two layers this spares turning it.
 Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& bias_, const optional<Tensor>& in_index_,
@@ -503,6 +560,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
   const Cut c = cut(items, vectors, R, flops);
   const float* from = x.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
+  const Range later = ahead();
   for_all(items * c.chunks * c.row_cuts, flops, [&](int64_t i) {
     const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
     const int64_t s = item / repeat;
@@ -526,6 +584,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
     l.activation = act;
     l.y = out + item * T * R;
     l.tokens_out = !y_columns;
+    l.ahead = part(later, i, items * c.chunks * c.row_cuts);
     l.ldy = y_columns ? T : R;
     (w.pairs ? pair_kernels()->layer : kernel.layer)(
         l, vectors * chunk / c.chunks, vectors * (chunk + 1) / c.chunks, R * row_cut / c.row_cuts,
@@ -785,6 +844,7 @@ TORCH_LIBRARY(gatedprune, m) {
       "Tensor(a!) residual, int[2] stride, int[2] padding, int[2] dilation, int groups, bool whole_groups, "
       "str activation, bool mean, bool winograd=False) -> Tensor");
   m.def("max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode) -> Tensor");
+  m.def("upsample_bilinear2d(Tensor x, int[2] size, bool align_corners, float[]? factors) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
       "Tensor? residual, str activation, bool x_columns=False, bool y_columns=False) -> Tensor");
@@ -801,6 +861,7 @@ TORCH_LIBRARY_IMPL(gatedprune, CPU, m) {
   m.impl("conv2d", &gatedprune::conv2d);
   m.impl("conv2d_into", &gatedprune::conv2d_into);
   m.impl("max_pool2d", &gatedprune::max_pool2d);
+  m.impl("upsample_bilinear2d", &gatedprune::upsample_bilinear2d);
   m.impl("linear", &gatedprune::linear);
   m.impl("affine", &gatedprune::affine);
   m.impl("channel_index", &gatedprune::channel_index);

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "memory.h"
@@ -30,6 +31,12 @@ struct Instruction {
   std::vector<int64_t> results;  // for each result of the operator how many tensors it is; −1: a tensor, no list
   int64_t first;                 // the register of the first
   std::vector<int64_t> done;     // registers that nobody reads any more
+  Range ahead;                   // of a layer: the largest constant that is read between it and the next one
+};
+
+// Nothing is fetched for who calls an operator after the program, or instead of its rest.
+struct Ahead {
+  ~Ahead() { ahead() = {}; }
 };
 
 class Program : public torch::CustomClassHolder {
@@ -65,7 +72,7 @@ class Program : public torch::CustomClassHolder {
     TORCH_CHECK(pending_.size() == op.schema().arguments().size(), name, " takes ", op.schema().arguments().size(),
                 " arguments, not ", pending_.size());
     TORCH_CHECK(results.size() == op.schema().returns().size(), name, " has ", op.schema().returns().size(), " results");
-    instructions_.push_back({op, std::move(pending_), results, registers_, {}});
+    instructions_.push_back({op, std::move(pending_), results, registers_, {}, {}});
     pending_.clear();
     for (int64_t n : results) registers_ += n < 0 ? 1 : n;
     return instructions_.back().first;
@@ -81,6 +88,7 @@ class Program : public torch::CustomClassHolder {
         for (int64_t r : a.registers)
           if (r >= 0) last[r] = int64_t(i);
     }
+    look_ahead();
     for (int64_t r : outputs) last[r] = -1;
     for (int64_t r = 0; r < registers_; r++)
       if (last[r] >= 0) instructions_[last[r]].done.push_back(r);
@@ -94,9 +102,11 @@ class Program : public torch::CustomClassHolder {
     for (int64_t i = 0; i < inputs_; i++) at[i] = inputs[i];
     for (const auto& [r, value] : constants_) at[r] = value;
     torch::jit::Stack stack;
+    const Ahead within;
     for (const Instruction& i : instructions_) {
       stack.clear();
       for (const Argument& a : i.arguments) push(a, at, stack);
+      ahead() = i.ahead;
       i.op.callBoxed(stack);
       int64_t r = i.first;
       for (size_t n = 0; n < i.results.size(); n++) {
@@ -118,6 +128,27 @@ class Program : public torch::CustomClassHolder {
   int64_t size() const { return int64_t(instructions_.size()); }
 
  private:
+  // Gates in the first place: nothing but a matrix, which the layer before has the time to fetch.
+  void look_ahead() {
+    std::vector<Range> constant(registers_);
+    for (const auto& [r, value] : constants_)
+      if (value.is_contiguous()) {
+        const char* p = static_cast<const char*>(value.const_data_ptr());
+        constant[r] = {p, p + value.nbytes()};
+      }
+    Range next;
+    for (auto i = instructions_.rbegin(); i != instructions_.rend(); i++) {
+      const std::string& name = i->op.schema().name();
+      if (name.rfind("gatedprune::conv2d", 0) == 0 || name == "gatedprune::linear") {
+        i->ahead = std::exchange(next, {});
+        continue;
+      }
+      for (const Argument& a : i->arguments)
+        for (int64_t r : a.registers)
+          if (r >= 0 && constant[r].end - constant[r].begin > next.end - next.begin) next = constant[r];
+    }
+  }
+
   int64_t known(int64_t at) const {
     TORCH_CHECK_INDEX(at >= 0 && at < registers_, "register ", at, " is outside [0, ", registers_, ")");
     return at;

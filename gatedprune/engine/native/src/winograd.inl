@@ -189,8 +189,11 @@ GP_INLINE void transform_out(const Winograd& c, const float* acc, int64_t positi
 // Panels that share each weight, as in kernel.inl; a panel is sixteen times as large here.
 constexpr int64_t W_MAX_GROUP = 2;
 
-// How the work is cut: into groups of panels, each by blocks of channels and STEP rows. Of one group the weights of a
-// block are transformed where they are needed, in memory that the next block takes; several groups keep them.
+// Weights that several groups of panels share are transformed once, if they take no more floats than that.
+constexpr int64_t W_KEPT = 2 << 20;
+
+// How the work is cut: into groups of panels, each by blocks of channels and STEP rows. The weights of a block are
+// transformed where they are needed, in memory that the next block takes, unless there are other groups to keep them for.
 struct WinogradPlan {
   int64_t pitch, position, block;  // floats: of a row of transformed weights, between positions, and of a block
   int64_t row_blocks, blocks;      // how many blocks of rows there are, and how many blocks are kept
@@ -202,7 +205,8 @@ struct WinogradPlan {
     position = STEP * pitch + APART;
     block = 16 * position;
     row_blocks = (rows + STEP - 1) / STEP;
-    blocks = split(vectors).count <= group ? 1 : row_blocks * ((channels + W_BLOCK - 1) / W_BLOCK);
+    const int64_t all = row_blocks * ((channels + W_BLOCK - 1) / W_BLOCK);
+    blocks = split(vectors).count <= group || all * block > W_KEPT ? 1 : all;
   }
 };
 
@@ -221,6 +225,7 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
     return columns;
   }();
   const Layer& l = c.layer;
+  const char* later = l.ahead.begin;
   const int64_t rows = r1 - r0, begin = h0 * l.width, end = h1 * l.width;
   const WinogradPlan how(l.channels, rows, end - begin);
   float* totals = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
@@ -269,7 +274,8 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
               for (int i = 0; i < height; i++) row[i] = w + p * how.position + (r - s0 + i) * how.pitch;
               tiles.of[0][nv][height](row, identity.data(), k1 - k0, packed + q * panel + p * position,
                                       acc + q * acc_panel + p * acc_position + (r - r0) * nv * L, k0 == 0, nullptr,
-                                      nullptr, Goal{});
+                                      nullptr, Goal{nullptr, 0, 0, nullptr, later});
+              later = advance(l.ahead, later, k1 - k0);
             }
           }
         }
