@@ -197,12 +197,21 @@ GP_INLINE const float* row_of(const Layer& l, int64_t r) {
   return l.weight + (l.gathered >= 0 ? l.gathered + r : row_number(l, r)) * l.ldw;
 }
 
+// What a tile fetches for later ones: some lines of the cache, then those `step` bytes further, at every fourth of the
+// first `columns`. A few at a time do not hold up what the tile itself reads.
+struct Fetch {
+  const char* at = nullptr;
+  int64_t columns = 0, step = 0;
+  int lines = 0;
+};
+
 // Where a tile's rows go once their sums are complete: row r of the layer, pixels from n0, and |y| to `sums` if not null.
 struct Goal {
   const Layer* layer;
   int64_t r, n0;
   float* sums;
-  const char* ahead;  // a line of it is fetched for every four columns; or null
+  Fetch fetch;
+  const char* later;  // or null: a line of it for every four columns
 };
 
 #ifdef GP_PAIRS
@@ -230,10 +239,26 @@ GP_INLINE V weight(const float* p) { return splat(*p); }
 GP_INLINE void pair_rows(float*, int64_t, int64_t) {}
 #endif
 
-// Beyond what a tile of n columns has fetched.
-GP_INLINE const char* advance(const Range& ahead, const char* at, int64_t n) {
-  return at && ahead.end - at > n * 16 ? at + n * 16 : nullptr;
+constexpr int cache_lines(int64_t floats) { return int((floats + 15) / 16); }
+
+// What a tile of n columns fetches of it, and the next tile the rest.
+GP_INLINE const char* take(Range& ahead, int64_t n) {
+  const char* at = ahead.begin < ahead.end ? ahead.begin : nullptr;
+  ahead.begin += n * 16;
+  return at;
 }
+
+// Panels that are packed later: `width` pixels of each plane, and then those beside them.
+struct PixelsAhead {
+  const float* x = nullptr;
+  int64_t plane = 0, planes = 0, panels = 0, width = 0, k = 0;
+  GP_TARGET Fetch take(int64_t n) {
+    const Fetch f{reinterpret_cast<const char*>(x + k * plane), n, plane * 4, cache_lines(width)};
+    k += n / 4;
+    if (k >= planes) k = 0, x += width, panels--;
+    return f;
+  }
+};
 
 // a[r][v] += w[r][q] * x[v].
 template <int R, int NV>
@@ -250,7 +275,7 @@ GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)
 // is done while they are in registers; for activations that are bounds.
 //
 // Weights come from memory, in runs too short for the hardware to foresee: meanwhile the rows `ahead` are fetched, which
-// the next tile will read at `ahead_columns`, and some of what the operators after this one read.
+// the next tile will read at `ahead_columns`, and what the goal names: nothing of it waits for the others.
 template <int R, int NV, bool FINISH>
 GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int64_t n, const float* panel, float* acc,
                            bool first, const float* const* ahead, const int32_t* ahead_columns, const Goal& goal) {
@@ -261,9 +286,13 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
     GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = first ? V{} : *(const V*)(acc + (r * NV + v) * L);
   }
   int64_t k = 0;
-  const char* later = goal.ahead;
+  const char *soon = goal.fetch.at, *later = goal.later;
   for (; k + 4 <= n; k += 4, panel += 4 * NV * L) {
-    if (later) __builtin_prefetch(later + k * 16);
+    if (k < goal.fetch.columns) {
+      for (int i = 0; i < goal.fetch.lines; i++) __builtin_prefetch(soon + 64 * i, 0, 2);
+      soon += goal.fetch.step;
+    }
+    if (later) __builtin_prefetch(later + k * 16, 0, 2);
     if (ahead) {
       const int64_t next = ahead_columns[k];
       GP_UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + next);
@@ -514,6 +543,17 @@ GP_INLINE void finish_tokens(const Layer& l, float* acc, int64_t r0, int64_t r1,
 
 #include "last.inl"
 
+// The panels that are packed next: n of those from pixel n0 on, rows from k0 on.
+GP_INLINE PixelsAhead next_pixels(const Layer& l, int64_t k0, int64_t rows, int64_t n0, const Panels& like, int64_t n) {
+  PixelsAhead a;
+  a.x = l.x + k0 * l.plane + n0;
+  a.plane = l.plane;
+  a.planes = std::min(rows, l.channels - k0);
+  a.panels = n;
+  a.width = like.nv * L;
+  return a;
+}
+
 // More where weights do not stay in the second-level cache, and where so little is computed that reading and writing
 // pixels is what takes time.
 static int64_t group_size(int64_t depth, int64_t rows, int64_t weight_bytes) {
@@ -529,7 +569,7 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   static const TileTable tiles;
   const int64_t depth = l.channels * l.taps, rows = r1 - r0;
   const int64_t most = group_size(depth, l.rows, 4 * l.rows * l.ldw);
-  const char* later = l.ahead.begin;
+  Range later = l.ahead;
   const bool bounds = !l.tokens_out && l.activation <= Activation::relu6;
   float* packed = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
   float* totals = packed;  // of |y|, a vector for each row
@@ -561,6 +601,18 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
       for (int64_t p = whole; p < g.count; p++) pack(l, gather[p], pixel(p), g.vectors(p), k0, k1, packed + p * block);
       for (int64_t p = 0; p < g.count; p++) pair_rows(packed + p * block, k1 - k0, g.vectors(p) * L);
       const int64_t q0 = k0 / PAIR, n = (k1 - k0 + PAIR - 1) / PAIR;  // in the weights' rows
+      PixelsAhead pixels;  // of the next block or group
+      if (whole == g.count && !last) pixels = next_pixels(l, k1, k_block, pixel(0), g, g.count);
+      if (whole == g.count && last)
+        pixels = next_pixels(l, 0, k_block, pixel(g.count), g, std::min(most, all.count - g.count));
+      // Those, and then where the next rows go.
+      auto fetch = [&](int64_t r, int64_t p) -> Fetch {
+        if (pixels.panels) return pixels.take(n);
+        if (!last || l.tokens_out || r >= r1) return {};
+        const float* next = (l.residual ? l.residual : l.y) + r * l.ldy + pixel(p);
+        const int64_t columns = 4 * std::min<int64_t>(TILE_ROWS[g.nv], r1 - r);
+        return {reinterpret_cast<const char*>(next), columns, l.ldy * 4, cache_lines(width)};
+      };
       const int64_t step = g.wide < g.count ? STEP : TILE_ROWS[g.nv];
       const int64_t rest0 = l.row_length * k0 / std::max<int64_t>(1, depth) / L * L;
       const int64_t rest1 = last ? l.row_length : l.row_length * k1 / depth / L * L;
@@ -583,10 +635,10 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
             float* sum = sums ? totals + (r - r0) * L : nullptr;
             for (int64_t p = p0; p < p1; p++) {
               float* a = acc + p * acc_panel + (r - r0) * nv * L;
+              const Goal goal{&l, r, pixel(p), sum, fetch(r + tall, p), take(later, n)};
               tiles.of[bounds && last][nv][height](row, l.columns + q0, n, packed + p * block, a, k0 == 0,
                                                    more && p == 0 ? ahead : nullptr, l.columns + (wrap ? q0 + n : q0),
-                                                   Goal{&l, r, pixel(p), sum, later});
-              later = advance(l.ahead, later, n);
+                                                   goal);
               if (last && !bounds && !l.tokens_out)
                 for (int i = 0; i < height; i++)
                   finish(l, a + i * nv * L, r + i, pixel(p), nv, sum ? sum + i * L : nullptr);

@@ -225,7 +225,7 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
     return columns;
   }();
   const Layer& l = c.layer;
-  const char* later = l.ahead.begin;
+  Range later = l.ahead;
   const int64_t rows = r1 - r0, begin = h0 * l.width, end = h1 * l.width;
   const WinogradPlan how(l.channels, rows, end - begin);
   float* totals = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
@@ -274,8 +274,7 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
               for (int i = 0; i < height; i++) row[i] = w + p * how.position + (r - s0 + i) * how.pitch;
               tiles.of[0][nv][height](row, identity.data(), k1 - k0, packed + q * panel + p * position,
                                       acc + q * acc_panel + p * acc_position + (r - r0) * nv * L, k0 == 0, nullptr,
-                                      nullptr, Goal{nullptr, 0, 0, nullptr, later});
-              later = advance(l.ahead, later, k1 - k0);
+                                      nullptr, Goal{nullptr, 0, 0, nullptr, {}, take(later, k1 - k0)});
             }
           }
         }
