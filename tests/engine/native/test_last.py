@@ -23,7 +23,7 @@ def some(samples: int, channels: int, count: int) -> Tensor:
 
 
 def check(size: tuple[int, int], channels: tuple[int, int], active: tuple[int, int], kernel: int = 1, threads: int = 1,
-          activation: str = "relu", bfloat16: bool = False) -> None:  # fmt: skip
+          activation: str = "relu", bfloat16: bool = False, winograd: bool = False) -> None:  # fmt: skip
     """Two samples, with all that follows the sums. What is suppressed is NaN, so that it shows where it is read."""
     torch.manual_seed(0)
     (cin, cout), (kin, kout) = channels, active
@@ -55,7 +55,7 @@ def check(size: tuple[int, int], channels: tuple[int, int], active: tuple[int, i
             held = held.bfloat16() if bfloat16 else held
             one = [None if t is None else t[i : i + 1] for t in (in_index, out_index, gain, residual)]
             found, mean = ops.conv2d(x[i : i + 1], held, bias, *one, [1, 1], [kernel // 2] * 2, [1, 1], 1, True,
-                                     activation, True)  # fmt: skip
+                                     activation, True, winograd)  # fmt: skip
             torch.testing.assert_close(found[0].double(), want[i], **CLOSE)
             torch.testing.assert_close(mean[0].double(), means[i], **CLOSE)
     finally:
@@ -82,6 +82,14 @@ def test_what_follows_the_sums(activation: str) -> None:
 @pytest.mark.parametrize("channels", [((520, 90), (261, 45)), ((300, 700), (300, 350)), ((300, 700), (180, 700))])
 def test_several_blocks(channels: tuple[tuple[int, int], tuple[int, int]], threads: int, kernel: int) -> None:
     check((7, 7), *channels, kernel=kernel, threads=threads)
+
+
+@pytest.mark.parametrize("size", [(14, 14), (13, 14), (14, 13), (13, 13), (2, 2), (2, 34)])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(("channels", "active"), [((96, 61), (70, 40)), ((150, 40), (150, 40)), ((300, 61), (140, 61))])
+def test_the_last_tile(size: tuple[int, int], activation: str, channels: tuple, active: tuple) -> None:
+    """Of F(2×2, 3×3): 49 tiles are three vectors of 16 and one more."""
+    check(size, channels, active, 3, activation=activation, winograd=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 50, 197])

@@ -371,7 +371,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const Cut c = cut(B * G, std::min(vectors, 4 * steps), R, flops);
   Tensor partial;
   if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
-  const int64_t need = winograd ? kernel.winograd_scratch(K, R, height * width)
+  const int64_t need = winograd ? kernel.winograd_scratch(K, w.row_length, R, height * width)
                                 : kernel.scratch(K * taps, w.row_length, R, 4 * R * w.ldw);
   const Range later = ahead();
   for_all(B * G * c.chunks * c.row_cuts, flops, [&](int64_t i) {

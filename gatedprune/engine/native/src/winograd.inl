@@ -186,6 +186,42 @@ GP_INLINE void transform_out(const Winograd& c, const float* acc, int64_t positi
   }
 }
 
+// The last tile, where it would be alone in a vector: its pixels one by one, as in last.inl.
+struct LastTile {
+  Last pixels;
+  int64_t at[4];  // of each in y
+};
+
+GP_INLINE LastTile last_tile(const Winograd& c, int64_t begin, int64_t end, int64_t rows, float* memory) {
+  const Layer& l = c.layer;
+  LastTile a;
+  const bool alone = end == l.pixels && end - begin > L && (end - begin) % L == 1;
+  if (!alone || MAX_LAST < 4 || 9 * l.channels < LAST_DEPTH || rows < LAST_ROWS) return a;
+  const int64_t n = end - 1, h = 2 * (n / l.width), w = 2 * (n % l.width);
+  int64_t count = 0, shift[4];
+  for (int64_t i = 0; i < 4; i++)
+    if (h + i / 2 < c.out_height && w + i % 2 < c.out_width) {
+      a.at[count] = (h + i / 2) * c.out_width + w + i % 2;
+      shift[count++] = i / 2 * 4 + i % 2;
+    }
+  const int64_t tile = n / l.width * l.row_pitch + n % l.width;
+  auto at = [&](int64_t p, int64_t t) { return tile + l.tap_offset[shift[p] + t / 3 * 4 + t % 3]; };
+  auto column = [&](int64_t j, int64_t t) { return 9 * l.columns[j] + t; };
+  a.pixels = pack_last(l, count, 9, rows, memory, at, column);
+  return a;
+}
+
+// Row r; `sums` of its pixels, and |y| to `totals` if not null.
+GP_INLINE void finish_tile(const Layer& l, const LastTile& a, int64_t r, const float* sums, float* totals) {
+  float* y = l.y + r * l.ldy;
+  V v = *(const V*)sums + splat(l.bias ? l.bias[row_number(l, r)] : 0.f);
+  v *= splat(l.gain ? l.gain[r] : 1.f);
+  for (int64_t p = 0; l.residual && p < a.pixels.count; p++) v[p] += l.residual[r * l.ldy + a.at[p]];
+  v = activate(v, l.activation);
+  for (int64_t p = 0; p < a.pixels.count; p++) y[a.at[p]] = v[p];
+  if (totals) *(V*)totals += vabs(keep_part(v, a.pixels.count));
+}
+
 // Panels that share each weight, as in kernel.inl; a panel is sixteen times as large here.
 constexpr int64_t W_MAX_GROUP = 2;
 
@@ -210,10 +246,11 @@ struct WinogradPlan {
   }
 };
 
-static int64_t winograd_scratch(int64_t channels, int64_t rows, int64_t tiles) {
+static int64_t winograd_scratch(int64_t channels, int64_t row_length, int64_t rows, int64_t tiles) {
   const WinogradPlan plan(channels, rows, tiles);
   const int64_t width = GP_MAX_NV * L;
-  return plan.blocks * plan.block + plan.group * 16 * (width * (W_BLOCK + rows) + 2 * APART) + rows * L + 64;
+  const int64_t panels = plan.group * 16 * (width * (W_BLOCK + rows) + 2 * APART);
+  return plan.blocks * plan.block + panels + rows * L + last_scratch(row_length, rows) + 64;
 }
 
 GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* memory,
@@ -230,13 +267,14 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
   const WinogradPlan how(l.channels, rows, end - begin);
   float* totals = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
   if (sums) std::memset(totals, 0, rows * L * sizeof(float));
-  float *weights = totals + rows * L, *packed = weights + how.blocks * how.block;
+  const LastTile rest = last_tile(c, begin, end, rows, totals + rows * L);
+  float *weights = totals + rows * L + rest.pixels.scratch, *packed = weights + how.blocks * how.block;
   Gather gather[W_MAX_GROUP];
   Places places[W_MAX_GROUP][GP_MAX_NV];
   const int64_t widest = GP_MAX_NV * L, position = widest * W_BLOCK + APART, panel = 16 * position;
   const int64_t acc_position = widest * rows + APART, acc_panel = 16 * acc_position;
   float* acc = packed + how.group * panel;
-  for (int64_t left = (end - begin + L - 1) / L, n0 = begin; left > 0;) {
+  for (int64_t left = (end - begin + L - 1) / L - (rest.pixels.count > 0), n0 = begin; left > 0;) {
     const Panels all = split(left), g = all.first(std::min(how.group, all.count));
     for (int64_t q = 0; q < g.count; q++) {
       const int64_t first = n0 + g.start(q) * L;
@@ -277,6 +315,11 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
                                       nullptr, Goal{nullptr, 0, 0, nullptr, {}, take(later, k1 - k0)});
             }
           }
+        }
+        if (rest.pixels.count && n0 == begin && k1 == l.channels) {
+          LAST_BLOCKS[rest.pixels.count](l, rest.pixels, r0, s0, s1, true, 0, l.row_length, true, true);
+          for (int64_t r = s0; r < s1; r++)
+            finish_tile(l, rest, r, rest.pixels.sums + (r - r0) * L, sums ? totals + (r - r0) * L : nullptr);
         }
         if (k1 == l.channels)
           for (int64_t q = 0; q < g.count; q++)
