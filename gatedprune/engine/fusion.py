@@ -19,6 +19,8 @@ __all__ = ["fuse"]
 _aten = torch.ops.aten
 # Their results are memory of their own.
 _FRESH = (narrow.NarrowConv2d, selection.Selector, narrow.MaxPool2d, narrow.UpsampleBilinear2d)
+# They compute the mean of |y| over the pixels beside y.
+_WITH_MEANS = (narrow.NarrowConv2d, narrow.NarrowAffine)
 _POINTWISE = frozenset(["gelu", "relu", "silu", "hardswish", "hardtanh", "relu6", "leaky_relu", "elu", "mish"]
                        + ["sigmoid", "tanh", "softplus", "hardsigmoid", "square", "dropout", "quick_gelu"])  # fmt: skip
 
@@ -45,6 +47,8 @@ def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple]) -> None
             _subsample(root, graph, node)
         elif isinstance(_module(root, node), narrow.NarrowLinear):
             _columns(root, node)
+        elif node.op == "call_function":
+            _pool(root, graph, node)
 
 
 def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -148,20 +152,63 @@ def _subsample(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
     """The layer that writes a gate's input computes s(x) while it has the values in registers."""
     source, selector = node.args[0], _module(root, node)
     assert isinstance(source, fx.Node) and isinstance(selector, selection.Selector)
-    if source.target is operator.getitem and source.args[1] == 0:  # already does, for another gate
-        source = source.args[0]
-    layer = _module(root, source)  # type: ignore[arg-type]
-    if not isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowAffine)) or selector.gate.channel_dim != 1:
+    if selector.gate.channel_dim != 1 or selector.gate.signed:  # layers compute the mean of the absolute value only
         return
-    if selector.gate.signed:  # layers compute the mean of the absolute value only
+    s = _means(root, graph, source, node)
+    if s is not None:
+        node.args = (s, *node.args[1:])
+        selector.subsampled = True
+
+
+def _pool(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
+    """Global average pooling of what cannot be negative is s(x) too."""
+    if not _is_global_pool(node) or not isinstance(node.args[0], fx.Node):
         return
+    source = node.args[0]
+    layer = _module(root, _written_by(source))
+    if not isinstance(layer, narrow.NarrowConv2d) or layer.activation not in ("relu", "relu6"):
+        return
+    s = _means(root, graph, source, node)
+    assert s is not None
+    if operators.op_name(node.target) != "mean" or _argument(node, 2, "keepdim", False):
+        with graph.inserting_before(node):
+            s = graph.call_function(_aten.unflatten.int, (s, 1, [-1, 1, 1]))
+    node.replace_all_uses_with(s)
+    graph.erase_node(node)
+
+
+def _is_global_pool(node: fx.Node) -> bool:
+    """Whether it is the mean over the height and width of (B, C, H, W)."""
+    name, over = operators.op_name(node.target), _argument(node, 1, "dim", None)
+    if name == "adaptive_avg_pool2d":
+        return list(node.args[1]) in ([1], [1, 1])  # type: ignore[arg-type]
+    if name != "mean" or not isinstance(over, list | tuple) or _argument(node, 3, "dtype", None) is not None:
+        return False
+    return all(isinstance(d, int) for d in over) and {d % 4 for d in over} == {2, 3}
+
+
+def _argument(node: fx.Node, at: int, name: str, default: Any) -> Any:
+    return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
+
+
+def _written_by(value: fx.Node) -> fx.Node:
+    """The layer: its first result may have been taken out already."""
+    source = value.args[0] if value.target is operator.getitem and value.args[1] == 0 else value
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _means(root: nn.Module, graph: fx.Graph, value: fx.Node, reader: fx.Node) -> fx.Node | None:
+    """s of a value, (B, C), from the layer that writes it; None where no such layer does."""
+    source = _written_by(value)
+    layer = _module(root, source)
+    if not isinstance(layer, _WITH_MEANS):
+        return None
     if not layer.subsample:
         layer.subsample = True
-        with graph.inserting_after(source):  # type: ignore[arg-type]
+        with graph.inserting_after(source):
             y = graph.call_function(operator.getitem, (source, 0))
-        source.replace_all_uses_with(y, delete_user_cb=lambda user: user is not y)  # type: ignore[union-attr]
+        source.replace_all_uses_with(y, delete_user_cb=lambda user: user is not y)
         y.args = (source, 0)
-    with graph.inserting_before(node):
-        s = graph.call_function(operator.getitem, (source, 1))
-    node.args = (s, *node.args[1:])
-    selector.subsampled = True
+    with graph.inserting_before(reader):
+        return graph.call_function(operator.getitem, (source, 1))

@@ -101,6 +101,52 @@ def test_interpolation_is_native(options: dict) -> None:
     torch.testing.assert_close(own(y.double()).float(), own(y), rtol=1e-6, atol=1e-5)  # and elsewhere PyTorch's
 
 
+class Pooled(nn.Module):
+    """Ends in a mean over the pixels of what an activation leaves."""
+
+    def __init__(self, activation: nn.Module, pool: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3)
+        self.activation, self.pool, self.head = activation, pool, nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.activation(self.second(self.first(x).relu()))).flatten(1))
+
+
+class Mean(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(**self.options)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("activation", "pool", "own"),
+    [
+        (nn.ReLU(), nn.AdaptiveAvgPool2d(1), True),
+        (nn.ReLU6(), Mean(dim=(2, 3)), True),
+        (nn.ReLU(), Mean(dim=(-1, -2), keepdim=True), True),
+        (nn.ReLU(), Mean(dim=(3,), keepdim=True), False),
+        (nn.ReLU(), nn.AdaptiveAvgPool2d((1, 2)), False),
+        (nn.SiLU(), nn.AdaptiveAvgPool2d(1), False),  # negative where it is: the layer knows |y| only
+        (nn.Identity(), Mean(dim=(2, 3)), False),
+    ],
+)
+def test_global_pooling_comes_with_the_layer(activation: nn.Module, pool: nn.Module, own: bool) -> None:
+    x = torch.randn(2, 3, 9, 12)
+    size = activation(torch.zeros(1, 24, 5, 8))
+    model = Pooled(activation, pool).eval()
+    model.head = nn.Linear(pool(size).flatten(1).shape[1], 5)
+    gated = wrap(model, ratio=0.5, example_inputs=x, include=["first"])
+    fast = compact(gated, x)
+    targets = [str(n.target) for n in fast.prepare(x).graph.nodes]
+    assert any("mean" in t or "pool" in t for t in targets) != own
+    torch.testing.assert_close(fast(x), gated(x), rtol=1e-4, atol=1e-5)
+
+
 @needs_native
 def test_input_and_intermediate_values_survive() -> None:
     """Layers write over the residual: never over the caller's tensor, nor over what a later layer reads."""
