@@ -15,7 +15,7 @@
 namespace gatedprune {
 namespace {
 
-constexpr size_t SMALL = 256 << 10;  // the system's own allocator keeps such pieces anyway
+constexpr size_t SMALL = 64 << 10;  // the system's own allocator keeps such pieces anyway
 constexpr size_t HUGE_PAGE = 2 << 20;
 constexpr int64_t FORGET = 8;  // runs
 
