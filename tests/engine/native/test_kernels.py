@@ -144,6 +144,23 @@ def test_convolution_over_several_blocks(size: tuple[int, int], channels: tuple[
     torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("channels", [(512, 32), (512, 512), (70, 40)])
+def test_winograd_on_more_threads_than_panels(threads: int, channels: tuple[int, int]) -> None:
+    """Of fewer rows, groups of panels are smaller, and transformed weights are kept where those of all are not."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, channels[0], 14, 20, generator=g), torch.randn(*channels[::-1], 3, 3, generator=g) / 30
+    want = F.conv2d(x.double(), weight.double(), padding=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rest = ([1, 1], [1, 1], [1, 1], 1, True, "", False, True)
+        found = ops.conv2d(x, weight, *[None] * 5, *rest)[0]
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found.double(), want, **CLOSE)
+
+
 @pytest.mark.parametrize("how", ["", "winograd", "bfloat16"])
 @pytest.mark.parametrize("size", [(8, 8), (7, 7), (30, 40)])
 @pytest.mark.parametrize("threads", [1, 2])

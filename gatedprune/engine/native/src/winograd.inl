@@ -232,25 +232,26 @@ constexpr int64_t W_KEPT = 2 << 20;
 // transformed where they are needed, in memory that the next block takes, unless there are other groups to keep them for.
 struct WinogradPlan {
   int64_t pitch, position, block;  // floats: of a row of transformed weights, between positions, and of a block
-  int64_t row_blocks, blocks;      // how many blocks of rows there are, and how many blocks are kept
+  int64_t row_blocks, all;         // how many blocks of rows there are, and how many in all
   int64_t group;                   // panels
+  bool keep;
   WinogradPlan(int64_t channels, int64_t rows, int64_t tiles) {
-    const int64_t vectors = (tiles + L - 1) / L;
     group = 64 * rows * channels > (512 << 10) ? W_MAX_GROUP : 1;
     pitch = whole_vectors(std::min(channels, W_BLOCK));
     position = STEP * pitch + APART;
     block = 16 * position;
     row_blocks = (rows + STEP - 1) / STEP;
-    const int64_t all = row_blocks * ((channels + W_BLOCK - 1) / W_BLOCK);
-    blocks = split(vectors).count <= group || all * block > W_KEPT ? 1 : all;
+    all = row_blocks * ((channels + W_BLOCK - 1) / W_BLOCK);
+    keep = split((tiles + L - 1) / L).count > group && all * block <= W_KEPT;
   }
 };
 
+// For so many rows and tiles or fewer: of fewer rows, weights may be kept where those of all are not.
 static int64_t winograd_scratch(int64_t channels, int64_t row_length, int64_t rows, int64_t tiles) {
-  const WinogradPlan plan(channels, rows, tiles);
-  const int64_t width = GP_MAX_NV * L;
-  const int64_t panels = plan.group * 16 * (width * (W_BLOCK + rows) + 2 * APART);
-  return plan.blocks * plan.block + panels + rows * L + last_scratch(row_length, rows) + 64;
+  const WinogradPlan how(channels, rows, tiles);
+  const int64_t weights = std::max(how.block, std::min(how.all * how.block, W_KEPT));
+  const int64_t panels = W_MAX_GROUP * 16 * (GP_MAX_NV * L * (W_BLOCK + rows) + 2 * APART);
+  return weights + panels + rows * L + last_scratch(row_length, rows) + 64;
 }
 
 GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* memory,
@@ -268,7 +269,7 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
   float* totals = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
   if (sums) std::memset(totals, 0, rows * L * sizeof(float));
   const LastTile rest = last_tile(c, begin, end, rows, totals + rows * L);
-  float *weights = totals + rows * L + rest.pixels.scratch, *packed = weights + how.blocks * how.block;
+  float *weights = totals + rows * L + rest.pixels.scratch, *packed = weights + (how.keep ? how.all : 1) * how.block;
   Gather gather[W_MAX_GROUP];
   Places places[W_MAX_GROUP][GP_MAX_NV];
   const int64_t widest = GP_MAX_NV * L, position = widest * W_BLOCK + APART, panel = 16 * position;
@@ -296,9 +297,9 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
       }
       for (int64_t s0 = r0; s0 < r1; s0 += STEP) {
         const int64_t s1 = std::min(s0 + STEP, r1);
-        const int64_t kept = how.blocks > 1 ? k0 / W_BLOCK * how.row_blocks + (s0 - r0) / STEP : 0;
+        const int64_t kept = how.keep ? k0 / W_BLOCK * how.row_blocks + (s0 - r0) / STEP : 0;
         float* w = weights + kept * how.block;
-        const bool transform = how.blocks == 1 || n0 == begin, wrap = s1 == r1;
+        const bool transform = !how.keep || n0 == begin, wrap = s1 == r1;
         if (transform) transform_weights(l, s0, s1, r1 - 1, k0, k1, w, how.pitch, how.position);
         const int64_t next = wrap ? r0 : s1, next_k0 = wrap ? k1 : k0;
         for (int64_t p = 0; p < 16; p++) {
