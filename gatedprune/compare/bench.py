@@ -227,11 +227,12 @@ def bench(
                 timed, x = {name: copy.deepcopy(m).to(dtype) for name, m in models.items()}, x.to(dtype)
             if "compile" in runtimes:
                 torch._dynamo.reset()  # what was compiled for other cells; not between those of one cell
-            for runtime in runtimes if "static" in models else ():
-                timed[f"static, {runtime}"] = RUNTIMES[runtime](models["static"], x, max(threads))
-            if "compile" in runtimes:
-                timed["dynamic, compile"] = _compiled(fast, x, max(threads))
             for count in threads:
+                for runtime in runtimes if "static" in models else ():
+                    if runtime in _OWN_THREADS or f"static, {runtime}" not in timed:
+                        timed[f"static, {runtime}"] = RUNTIMES[runtime](models["static"], x, count)
+                if "compile" in runtimes and "dynamic, compile" not in timed:
+                    timed["dynamic, compile"] = _compiled(fast, x, count)
                 latency = measure_latency(timed, x, threads=count, warmup=warmup, repeats=repeats)
                 cells.append(Cell(size, ratio, batch, count, macs, latency, difference, tuple(notes)))
                 if on_cell is not None:
@@ -306,6 +307,8 @@ def _openvino(model: nn.Module, x: Tensor, threads: int) -> Callable[[Tensor], A
     return lambda images: network(images.numpy())
 
 
+# They keep the number of threads that they were made with; the others take PyTorch's.
+_OWN_THREADS = ("onnxruntime", "openvino")
 RUNTIMES: dict[str, Callable[[nn.Module, Tensor, int], Callable[[Tensor], Any]]] = {
     "recorded": _recorded,
     "compile": _compiled,

@@ -48,6 +48,23 @@ def test_predictors_of_low_rank(result: Benchmark) -> None:
     assert "predictors of rank 4" in str(found)
 
 
+def test_runtimes_get_the_threads_of_their_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def runtime(name: str) -> Callable[..., Callable[[Tensor], Tensor]]:
+        def make(model: torch.nn.Module, x: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
+            made.append((name, threads))
+            return model
+
+        return make
+
+    monkeypatch.setattr(module, "RUNTIMES", {n: runtime(n) for n in ("recorded", "onnxruntime", "openvino")})
+    found = bench(timm.create_model("test_resnet").eval(), [(64, 64)], threads=[1, 2], repeats=1, warmup=0,
+                  runtimes=["recorded", "onnxruntime", "openvino"])  # fmt: skip
+    assert made == [("recorded", 1), ("onnxruntime", 1), ("openvino", 1), ("onnxruntime", 2), ("openvino", 2)]
+    assert all({"static, recorded", "static, onnxruntime", "static, openvino"} < set(c.latency) for c in found.cells)
+
+
 def test_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """All three are converted before they are timed, and the caller's model stays as it is."""
     seen: dict[str, set[torch.dtype]] = {}
