@@ -179,7 +179,8 @@ struct Weights {
   const int32_t* columns_of(int64_t s) const { return columns.data() + (pairs ? 0 : s * depth); }
 };
 
-// How one sample's layer is cut into tasks: by pixels first, since rows share the packing of pixels.
+// How one sample's layer is cut into tasks: by pixels, since rows share the packing of pixels, as long as each task gets a
+// whole panel; then by rows. Of few vectors each takes as long as a panel does: what is shared is the weights.
 struct Cut {
   int64_t chunks, row_cuts;
 };
@@ -366,7 +367,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const int64_t each = winograd ? 1 : taps;  // columns of a channel in the weight's rows
   const Weights w(weight, in_index, out_index, rows_of_index, K, each);
 
-  // What is cut among threads: vectors of pixels, or rows of tiles.
+  // What is cut among threads: vectors of pixels, or rows of tiles, of which a task needs one at least.
   const int64_t vectors = (height * width + kernel.lanes - 1) / kernel.lanes, steps = winograd ? height : vectors;
   const Cut c = cut(B * G, std::min(vectors, 4 * steps), R, flops);
   Tensor partial;
