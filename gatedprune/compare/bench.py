@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from ..engine import compact, native
+from ..engine import CompactModel, compact, native
 from ..engine.program import record
 from ..errors import ConfigError, ModelError
 from ..files import atomic_write, write_json
@@ -274,6 +274,8 @@ def _recorded(model: nn.Module, x: Tensor, threads: int) -> Callable[[Tensor], A
 
 
 def _exported(model: nn.Module, x: Tensor) -> bytes:
+    if isinstance(model, CompactModel):  # cut by gatedprune: tracing cannot see it choose the graph for a size
+        model = model.prepare(x)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = Path(folder) / "model.onnx"

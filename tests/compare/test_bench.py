@@ -13,11 +13,13 @@ from torch import Tensor
 
 from gatedprune.compare import bench as module
 from gatedprune.compare.bench import Benchmark, Cell, bench
+from gatedprune.compare.static import prune_static
 from gatedprune.engine import native
 from gatedprune.errors import ConfigError, ModelError
 from gatedprune.measure.environment import environment
 from gatedprune.measure.latency import Latency
 from gatedprune.testing.case import enliven
+from gatedprune.wrapping import wrap
 
 pytest.importorskip("torch_pruning")
 
@@ -63,6 +65,18 @@ def test_runtimes_get_the_threads_of_their_cell(monkeypatch: pytest.MonkeyPatch)
                   runtimes=["recorded", "onnxruntime", "openvino"])  # fmt: skip
     assert made == [("recorded", 1), ("onnxruntime", 1), ("openvino", 1), ("onnxruntime", 2), ("openvino", 2)]
     assert all({"static, recorded", "static, onnxruntime", "static, openvino"} < set(c.latency) for c in found.cells)
+
+
+def test_a_runtime_runs_what_gatedprune_cut() -> None:
+    """Where torch-pruning fails: the model chooses a graph by the size of the image, which tracing does not see."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    x = torch.randn(1, 3, *timm.get_pretrained_cfg("test_resnet").input_size[1:])
+    gated = wrap(enliven(timm.create_model("test_resnet")).eval(), ratio=0.5, example_inputs=x)
+    static = prune_static(gated, example_inputs=x, by="gatedprune").model
+    with torch.no_grad():
+        found = module.RUNTIMES["onnxruntime"](static, x, 1)(x)[0]
+        torch.testing.assert_close(torch.from_numpy(found), static(x), rtol=1e-3, atol=1e-4)
 
 
 def test_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
