@@ -154,12 +154,16 @@ def _name_modules_once(model: nn.Module, captured: fx.GraphModule) -> None:
     """A module that the model holds under several names is called by the first: it is one module that runs often."""
     first: dict[nn.Module, str] = {}
     names = {path: first.setdefault(module, path) for path, module in model.named_modules(remove_duplicate=False)}
-    if all(path == name for path, name in names.items()):
-        return
+
+    def name_of(path: str) -> str:
+        # Up to torch 2.6 what a model finds by iterating over itself, as timm's FeatureListNet does, is called so.
+        path = path if path in names else path.replace("_modules.", "")
+        return names.get(path, path)
+
     for node in captured.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if stack:
-            node.meta["nn_module_stack"] = {key: (names.get(path, path), kind) for key, (path, kind) in stack.items()}
+            node.meta["nn_module_stack"] = {key: (name_of(path), kind) for key, (path, kind) in stack.items()}
 
 
 def _inline_contexts(captured: fx.GraphModule) -> None:
