@@ -8,7 +8,7 @@ from torch import fx
 
 from . import narrow
 from .layout import Layout
-from .operands import same, without_channels
+from .operands import argument, same, without_channels
 
 if TYPE_CHECKING:
     from .lowering import Lowering
@@ -33,7 +33,7 @@ def attention(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | No
         return low.graph.node_copy(node, low.env.__getitem__)
     if not all(isinstance(s, Layout) and s.key == layout.key and s.dim == layout.dim for s in states):
         return None
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    mask = argument(node, 3, "attn_mask")
     values = {a: low.env[a] for a in node.all_input_nodes}
     if isinstance(mask, fx.Node) and not without_channels(low, mask, layout.dim, rank):
         if not low.constants.unlabelled(mask) or not layout.dim:

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from ..sites import operators
 from . import narrow, selection
+from .operands import argument
 
 __all__ = ["fuse"]
 
@@ -170,7 +171,7 @@ def _pool(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
         return
     s = _means(root, graph, source, node)
     assert s is not None
-    if operators.op_name(node.target) != "mean" or _argument(node, 2, "keepdim", False):
+    if operators.op_name(node.target) != "mean" or argument(node, 2, "keepdim"):
         with graph.inserting_before(node):
             s = graph.call_function(_aten.unflatten.int, (s, 1, [-1, 1, 1]))
     node.replace_all_uses_with(s)
@@ -179,16 +180,12 @@ def _pool(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
 
 def _is_global_pool(node: fx.Node) -> bool:
     """Whether it is the mean over the height and width of (B, C, H, W)."""
-    name, over = operators.op_name(node.target), _argument(node, 1, "dim", None)
+    name, over = operators.op_name(node.target), argument(node, 1, "dim")
     if name == "adaptive_avg_pool2d":
         return list(node.args[1]) in ([1], [1, 1])  # type: ignore[arg-type]
-    if name != "mean" or not isinstance(over, list | tuple) or _argument(node, 3, "dtype", None) is not None:
+    if name != "mean" or not isinstance(over, list | tuple) or argument(node, 3, "dtype") is not None:
         return False
     return all(isinstance(d, int) for d in over) and {d % 4 for d in over} == {2, 3}
-
-
-def _argument(node: fx.Node, at: int, name: str, default: Any) -> Any:
-    return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
 
 
 def _written_by(value: fx.Node) -> fx.Node:

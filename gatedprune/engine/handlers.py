@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..sites import norm_options, operators
 from . import attention_handlers, narrow, narrow_norms
 from .layout import Layout
-from .operands import same, scalar, without_channels
+from .operands import argument, same, scalar, without_channels
 
 if TYPE_CHECKING:
     from .lowering import Lowering
@@ -128,7 +128,7 @@ def _keeps_dims(node: fx.Node, layout: Layout, rank: int) -> bool:
     """Whether a softmax or the like does not run over the channels."""
     if operators.op_name(node.target) not in operators.OVER_DIM:
         return True
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
+    dim = argument(node, 1, "dim", -1)
     return isinstance(dim, int) and dim % rank != layout.dim
 
 
@@ -252,8 +252,8 @@ def _aliases(node: fx.Node, arg: fx.Node) -> bool:
 def _cat(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
     parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
     layout = low.layouts.of(node)
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if layout is None or not low.layouts.regular(layout) or dim % len(low.flow.shape(node)) != layout.dim:  # type: ignore[operator]
+    dim = argument(node, 1, "dim", 0)
+    if layout is None or not low.layouts.regular(layout) or dim % len(low.flow.shape(node)) != layout.dim:
         return None
     for part in parts:  # a full part must have no channel that the sites would suppress
         if low.state.get(part) is None and low.layouts.of(part) is not None:
@@ -310,7 +310,7 @@ def _move(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
             sizes[place] = -1 if count is None else count
         args[at] = sizes
     elif name in _SPLITTING:
-        dim = (node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)) % len(low.flow.shape(held[0]))  # type: ignore[operator]
+        dim = argument(node, 2, "dim", 0) % len(low.flow.shape(held[0]))
         if dim == before.dim:
             if any(p is None for p in pieces):
                 return None
@@ -330,8 +330,7 @@ def _move(low: Lowering, node: fx.Node, held: list[fx.Node]) -> fx.Node | None:
 def _beside(low: Lowering, node: fx.Node, name: str, layout: Layout) -> bool:
     """Whether the dimension that the operator works on is another than the channels'."""
     rank = len(low.flow.shape(node.args[0]))  # type: ignore[arg-type]
-    dims: Any = (node.args[2] if len(node.args) > 2 else None) if name == "roll" else (
-        node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # fmt: skip
+    dims: Any = (node.args[2] if len(node.args) > 2 else None) if name == "roll" else argument(node, 1, "dim", 0)
     if dims is None:
         return False
     if name == "slice" and list(node.args[2:]) in ([], [None], [0], [0, sys.maxsize], [None, None]):

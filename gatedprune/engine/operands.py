@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
@@ -11,7 +11,12 @@ from .layout import Layout
 if TYPE_CHECKING:
     from .lowering import Lowering
 
-__all__ = ["same", "scalar", "without_channels"]
+__all__ = ["argument", "same", "scalar", "without_channels"]
+
+
+def argument(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
+    """An argument that may be given by its place or by its name, or be left out."""
+    return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
 
 
 def same(low: Lowering, node: fx.Node, source: fx.Node) -> Layout | None:
