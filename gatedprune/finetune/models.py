@@ -164,9 +164,10 @@ def _network(config: FinetuneConfig, classes: Sequence[str]) -> tuple[nn.Module,
         fix = "Give the file of this model's weights." if config.weights else (
             "Check the connection; without network, give a file of weights (--weights)."
         )  # fmt: skip
-        raise CheckpointError(
-            f"The weights of {name} cannot be had from {where} ({type(error).__name__}: {_line(error)}). {fix}"
-        ) from error
+        why = f"{type(error).__name__}: {_line(error)}"
+        if isinstance(error, KeyError) and config.weights:  # timm looks for the classifier that `_head` did not find
+            why = "no classifier is in it, or its tensors have other names than timm's"
+        raise CheckpointError(f"The weights of {name} cannot be had from {where} ({why}). {fix}") from error
     known = _head(config.weights, name) if config.weights else timm.get_pretrained_cfg(name).num_classes
     return model, known == len(classes)
 

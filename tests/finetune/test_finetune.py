@@ -377,3 +377,16 @@ def test_weights_of_other_classes_start_all_but_the_classifier(images: Path, tmp
         "abcdefg",
     )
     assert start.trained_head and torch.equal(start.model.fc.weight, donor.fc.weight)
+
+
+def test_weights_with_names_of_another_library(images: Path, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    from gatedprune.finetune.models import build
+
+    state = {f"_{name}": value for name, value in timm.create_model("test_resnet").state_dict().items()}
+    save_file(state, tmp_path / "other.safetensors")
+    options = config(images, tmp_path, model="test_resnet", mode="dense", weights=str(tmp_path / "other.safetensors"))
+    with pytest.raises(CheckpointError, match="other.safetensors .*other names than timm's"):
+        build(options, "abc")
