@@ -1,4 +1,4 @@
-"""F(2×2, 3×3): which layers are computed so. The kernel is tested in `native`."""
+"""Minimal filtering: which layers are computed so. The kernel is tested in `native`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ OPTIONS = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
         ((64, 64, 3, 3), {"stride": (2, 2)}, (56, 56), False),
         ((64, 64, 3, 3), {"dilation": (1, 2)}, (56, 56), False),
         ((64, 32, 3, 3), {"groups": 2}, (56, 56), False),
+        ((64, 3, 7, 7), {"stride": (2, 2)}, (112, 112), True),
+        ((64, 3, 7, 7), {"stride": (2, 2)}, (16, 16), False),
+        ((64, 1, 7, 7), {"stride": (2, 2)}, (112, 112), False),
+        ((64, 3, 7, 7), {"stride": (4, 4)}, (56, 56), False),
+        ((64, 3, 7, 7), {}, (112, 112), False),
     ],
 )
 def test_where_it_pays(shape: tuple[int, ...], change: dict, size: tuple[int, int], wanted: bool) -> None:
@@ -43,5 +48,5 @@ def test_each_size_of_image_by_itself() -> None:
             torch.testing.assert_close(compact(x), gated(x), rtol=1e-4, atol=1e-4)
         layers = [m for m in compact.prepare(x).modules() if isinstance(m, NarrowConv2d)]
         transformed.append(sum(m.winograd for m in layers))
-    # Maps of 16×16 and more: those of the first stage, of the second one too, and of the third one.
-    assert transformed == [4, 7, 10]
+    # 3×3 on maps of 16×16 and more: those of the first stage, of the second one too, of the third one. And the 7×7.
+    assert transformed == [5, 8, 11]

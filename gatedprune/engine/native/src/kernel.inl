@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <numeric>
+#include <vector>
 
 #include "layer.h"
 
@@ -562,7 +563,7 @@ static int64_t group_size(int64_t depth, int64_t rows, int64_t weight_bytes) {
 
 static int64_t scratch(int64_t depth, int64_t row_length, int64_t rows, int64_t weight_bytes) {
   const int64_t width = GP_MAX_NV * L, group = group_size(depth, rows, weight_bytes);
-  return group * width * (K_BLOCK + rows + 16) + rows * L + last_scratch(row_length, rows) + 64;
+  return group * width * (K_BLOCK + rows + 16) + rows * L + last_scratch(row_length, rows);
 }
 
 GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* memory, float* sums) {
@@ -571,9 +572,7 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   const int64_t most = group_size(depth, l.rows, 4 * l.rows * l.ldw);
   Range later = l.ahead;
   const bool bounds = !l.tokens_out && l.activation <= Activation::relu6;
-  float* packed = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
-  float* totals = packed;  // of |y|, a vector for each row
-  packed += rows * L;
+  float *totals = memory, *packed = totals + rows * L;  // sums of |y|, a vector for each row; panels
   if (sums) std::memset(totals, 0, rows * L * sizeof(float));
   const Last rest = last_pixels(l, v1, rows, packed);
   packed += rest.scratch;
@@ -838,23 +837,31 @@ GP_TARGET static void matvec(const float* w, int64_t rows, int64_t n, const floa
   for (; r < rows; r++) dots<1>(w + r * n, n, x, bias ? bias + r : nullptr, y + r);
 }
 
+// Every S-th value of x, a vector of them, where the last one counts that may be read.
+template <int S>
+GP_INLINE V every(const float* x, int64_t live) {
+  V part[S];
+  for (int i = 0; i < S; i++)
+    part[i] = live >= (i + 1) * L ? load(x + i * L) : live > i * L ? load_part(x + i * L, live - i * L) : V{};
+  for (int n = S; n > 1; n /= 2)
+    for (int i = 0; i < n / 2; i++) part[i] = even_lanes(part[2 * i], part[2 * i + 1]);
+  return part[0];
+}
+template <int S>
+GP_INLINE void every(const float* x, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + L < n; i += L) store(y + i, every<S>(x + S * i, S * L));
+  if (i == n) return;
+  const V rest = every<S>(x + S * i, S * (n - i - 1) + 1);  // what lies beyond the last one may not be there
+  n - i == L ? store(y + i, rest) : store_part(y + i, rest, n - i);
+}
+
 // y[i] = x[i * stride] for i < n.
 GP_INLINE void every(const float* x, int64_t stride, int64_t n, float* y) {
-  int64_t i = 0;
-  if (stride == 1) {
-    for (; i + L <= n; i += L) store(y + i, load(x + i));
-    if (i < n) store_part(y + i, load_part(x + i, n - i), n - i);
-  } else if (stride == 2) {
-    for (; i + L < n; i += L) store(y + i, even_lanes(load(x + 2 * i), load(x + 2 * i + L)));
-    if (i < n) {
-      const int64_t rest = 2 * (n - i) - 1;  // what lies beyond the last one may not be there
-      const V a = load_part(x + 2 * i, std::min<int64_t>(L, rest));
-      const V b = rest > L ? load_part(x + 2 * i + L, rest - L) : V{};
-      store_part(y + i, even_lanes(a, b), n - i);
-    }
-  } else {
-    for (; i < n; i++) y[i] = x[i * stride];
-  }
+  if (stride == 1) return every<1>(x, n, y);
+  if (stride == 2) return every<2>(x, n, y);
+  if (stride == 4) return every<4>(x, n, y);
+  for (int64_t i = 0; i < n; i++) y[i] = x[i * stride];
 }
 
 GP_TARGET static void pad(const Padding& p, const float* x, bool edges, float* y) {
@@ -889,6 +896,8 @@ GP_TARGET static float abs_sum(const float* x, int64_t n) {
 }
 
 #include "winograd.inl"
+
+#include "phases.inl"
 
 #include "resize.inl"
 

@@ -75,6 +75,7 @@ struct Padding {
 // A 3×3 convolution of stride 1 by F(2×2, 3×3). `layer` describes its tiles as the pixels of a convolution with 4×4 taps
 // and stride 2: source, x, plane, tap_offset, row_pitch, and `width` and `pixels` counted in tiles; channels, rows, the
 // weight's rows and what follows the sums as there. `columns` are the (K,) active channels, each of 9 taps.
+// Or a 7×7 convolution of stride 2: the same, with 9×9 taps, stride 4, and 49 taps of each channel.
 struct Winograd {
   Layer layer;
   int64_t out_height, out_width;
@@ -95,7 +96,7 @@ struct Resize {
 struct Kernels {
   const char* name;
   int64_t lanes;
-  // Floats of scratch memory that `layer` needs for sums over `depth` of the columns of so long rows, and so many rows.
+  // Floats of scratch memory, aligned to cache lines, that `layer` needs for sums over `depth` of the columns of so long rows, and so many rows.
   int64_t (*scratch)(int64_t depth, int64_t row_length, int64_t rows, int64_t weight_bytes);
   // Computes vectors [v0, v1) of `lanes` pixels and rows [r0, r1); adds each row's sum of |y| to sums if not null.
   void (*layer)(const Layer&, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* scratch, float* sums);
@@ -111,6 +112,9 @@ struct Kernels {
   int64_t (*winograd_scratch)(int64_t channels, int64_t row_length, int64_t rows, int64_t tiles);
   // Computes rows [h0, h1) of tiles and rows [r0, r1).
   void (*winograd)(const Winograd&, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* scratch, float* sums);
+  // The same for 7×7 and stride 2.
+  int64_t (*phases_scratch)(int64_t channels, int64_t rows);
+  void (*phases)(const Winograd&, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* scratch, float* sums);
   // `lines`: two rows of the output, of whole vectors and aligned.
   void (*resize)(const Resize&, const float* x, float* y, float* lines);
 };

@@ -27,6 +27,29 @@ void report(void* at, int64_t bytes) {
 
 }  // namespace
 
+void* allocate(size_t bytes) {
+  void* at = nullptr;
+  if (posix_memalign(&at, bytes < HUGE_PAGE ? 64 : HUGE_PAGE, bytes)) throw std::bad_alloc();
+#ifdef __linux__
+  if (bytes >= HUGE_PAGE) madvise(at, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+#endif
+  return at;
+}
+
+Scratch::~Scratch() { std::free(at_); }
+
+float* Scratch::floats(int64_t n) {
+  if (n > size_) {
+    size_t bytes = size_t(n) * sizeof(float);
+    if (bytes > HUGE_PAGE / 4) bytes = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    std::free(std::exchange(at_, nullptr));
+    size_ = 0;
+    at_ = static_cast<float*>(allocate(bytes));
+    size_ = int64_t(bytes / sizeof(float));
+  }
+  return at_;
+}
+
 Arena::~Arena() {
   for (const Block& b : free_) std::free(b.at);
 }
@@ -43,13 +66,7 @@ Arena::Block Arena::take(size_t size) {
       return found;
     }
   }
-  void* at = nullptr;
-  if (posix_memalign(&at, size < HUGE_PAGE ? 64 : HUGE_PAGE, size)) throw std::bad_alloc();
-#ifdef __linux__
-  // A plane's channels lie on many pages; of 4 KiB, more than the processor keeps the addresses of.
-  if (size >= HUGE_PAGE) madvise(at, size / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
-#endif
-  return {at, size, run_};
+  return {allocate(size), size, run_};
 }
 
 void Arena::give_back(Block block) {

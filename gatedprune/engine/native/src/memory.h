@@ -9,6 +9,24 @@
 
 namespace gatedprune {
 
+// Memory for `std::free`, aligned to cache lines, on large pages where it fills some: a layer reads from more pages of 4 KiB
+// than the processor keeps the addresses of.
+void* allocate(size_t bytes);
+
+// Memory that a thread keeps for what its next layers put together. It grows, and is never given back.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  ~Scratch();
+  // At least so many, aligned as above; what was there before may be lost.
+  float* floats(int64_t n);
+
+ private:
+  float* at_ = nullptr;
+  int64_t size_ = 0;
+};
+
 // Blocks that a recorded program keeps from run to run, since each needs the same ones again: memory that goes back to
 // the system after each run is handed out anew page by page and zeroed, which takes longer than many a layer.
 class Arena : public std::enable_shared_from_this<Arena> {

@@ -68,14 +68,12 @@ Activation activation_of(c10::string_view name) {
   TORCH_CHECK(false, "unknown activation ", std::string(name));
 }
 
-enum class Scratch { kernel, weights };
+enum class Use { kernel, weights };
 
-// Grows, and is never given back: the next layer needs it again.
-template <Scratch = Scratch::kernel>
+template <Use = Use::kernel>
 float* scratch_memory(int64_t floats) {
-  thread_local std::vector<float> memory;
-  if (int64_t(memory.size()) < floats) memory.resize(floats);
-  return memory.data();
+  thread_local Scratch memory;
+  return memory.floats(floats);
 }
 
 void check_index(const optional<Tensor>& index, int64_t limit, const char* what) {
@@ -151,7 +149,7 @@ struct Weights {
     const int64_t rows = out_index ? out_index->size(1) : weight.size(0), words = (whole + 31) / 32;
     ldw = depth;
     sample = rows * ldw;
-    float* to = scratch_memory<Scratch::weights>(samples * sample);
+    float* to = scratch_memory<Use::weights>(samples * sample);
     data = to;
     std::vector<uint32_t> masks(samples * words);
     for (int64_t s = 0; s < samples; s++) {
@@ -267,7 +265,7 @@ struct Padded {
 
 // Convolution over active sets, then bias, gain, residual and activation → y (B, n_out, H', W') and, if `mean`, the mean
 // of |y| over the pixels (B, n_out), which the next gate reads.
-// `winograd`: by F(2×2, 3×3).
+// `winograd`: by minimal filtering, winograd.inl or phases.inl.
 // `inplace`: the result takes the place of the residual.
 std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& bias_,
                                   const optional<Tensor>& in_index_, const optional<Tensor>& out_index_,
@@ -328,15 +326,20 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
 
   auto all = [](at::IntArrayRef a, int64_t value) { return a[0] == value && a[1] == value; };
   const bool direct = taps == 1 && all(stride, 1) && all(padding, 0);
-  TORCH_CHECK(!winograd || (all(kernel_size, 3) && groups == 1 && all(stride, 1) && all(dilation, 1) &&
+  const bool phases = winograd && all(kernel_size, 7) && all(stride, 2);
+  TORCH_CHECK(!winograd || ((phases || (all(kernel_size, 3) && all(stride, 1))) && groups == 1 && all(dilation, 1) &&
                             weight_.scalar_type() == at::kFloat),
-              "F(2×2, 3×3) needs a weight (C_out, C_in, 3, 3), float32, and stride, dilation and groups of 1");
+              "minimal filtering needs a weight (C_out, C_in, 3, 3) and a stride of 1, or (C_out, C_in, 7, 7) and a stride of "
+              "2, in float32, and dilation and groups of 1");
   const int64_t height = winograd ? (Ho + 1) / 2 : Ho, width = winograd ? (Wo + 1) / 2 : Wo;  // in tiles or pixels
   optional<Padded> p;
-  if (winograd)
-    p.emplace(x, at::IntArrayRef({4, 4}), at::IntArrayRef({2, 2}), padding, at::IntArrayRef({1, 1}), height, width);
-  else if (!direct)
+  if (winograd) {
+    const int64_t taps_of_tile = phases ? 9 : 4, apart = phases ? 4 : 2;
+    p.emplace(x, at::IntArrayRef({taps_of_tile, taps_of_tile}), at::IntArrayRef({apart, apart}), padding,
+              at::IntArrayRef({1, 1}), height, width);
+  } else if (!direct) {
     p.emplace(x, kernel_size, stride, padding, dilation, Ho, Wo);
+  }
   const Activation act = activation_of(activation);
   const Kernels& kernel = kernels();
   const double flops = 2.0 * B * R_all * K * taps * N;
@@ -372,8 +375,9 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const Cut c = cut(B * G, std::min(vectors, 4 * steps), R, flops);
   Tensor partial;
   if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
-  const int64_t need = winograd ? kernel.winograd_scratch(K, w.row_length, R, height * width)
-                                : kernel.scratch(K * taps, w.row_length, R, 4 * R * w.ldw);
+  const int64_t need = phases     ? kernel.phases_scratch(K, R)
+                       : winograd ? kernel.winograd_scratch(K, w.row_length, R, height * width)
+                                  : kernel.scratch(K * taps, w.row_length, R, 4 * R * w.ldw);
   const Range later = ahead();
   for_all(B * G * c.chunks * c.row_cuts, flops, [&](int64_t i) {
     const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
@@ -410,7 +414,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     const int64_t r0 = R * row_cut / c.row_cuts, r1 = R * (row_cut + 1) / c.row_cuts;
     float* sums = to ? to + b * R_all + g * R : nullptr;
     if (winograd)
-      kernel.winograd({l, Ho, Wo}, begin, end, r0, r1, scratch_memory(need), sums);
+      (phases ? kernel.phases : kernel.winograd)({l, Ho, Wo}, begin, end, r0, r1, scratch_memory(need), sums);
     else
       (w.pairs ? pair_kernels()->layer : kernel.layer)(l, begin, end, r0, r1, scratch_memory(need), sums);
   });
@@ -512,8 +516,7 @@ Tensor upsample_bilinear2d(const Tensor& x_, at::IntArrayRef size, bool align_co
   const auto run = kernels().resize;
   const int64_t pixels = size[0] * size[1], line = (size[1] + lanes - 1) / lanes * lanes;
   at::parallel_for(0, planes, std::max<int64_t>(1, 32768 / pixels), [&](int64_t begin, int64_t end) {
-    float* memory = scratch_memory(2 * line + 16);
-    float* lines = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    float* lines = scratch_memory(2 * line);
     for (int64_t i = begin; i < end; i++) run(how, from + i * H * W, to + i * pixels, lines);
   });
   return y;

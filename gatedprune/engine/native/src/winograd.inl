@@ -77,13 +77,13 @@ GP_INLINE void transform_in(const Layer& l, const Gather& g, int64_t k0, int64_t
         w[j] = d[j] - d[8 + j];
         w[4 + j] = d[4 + j] + d[8 + j];
         w[8 + j] = d[8 + j] - d[4 + j];
-        w[12 + j] = d[4 + j] - d[12 + j];
+        w[12 + j] = d[12 + j] - d[4 + j];
       }
       GP_UNROLL for (int i = 0; i < 16; i += 4) {
         *(V*)(to + i * position) = w[i] - w[i + 2];
         *(V*)(to + (i + 1) * position) = w[i + 1] + w[i + 2];
         *(V*)(to + (i + 2) * position) = w[i + 2] - w[i + 1];
-        *(V*)(to + (i + 3) * position) = w[i + 1] - w[i + 3];
+        *(V*)(to + (i + 3) * position) = w[i + 3] - w[i + 1];
       }
     }
 }
@@ -160,7 +160,19 @@ GP_INLINE V finish_row(const Layer& l, V low, V high, const Places& to, int64_t 
   return total;
 }
 
-// y = A^T m A of rows [r0, r1), and what follows it. acc: (positions, rows, nv, L).
+// y = A^T m, for the values m[i] at the points 0, 1, -1, infinity and, of 5, 2.
+template <int POINTS>
+GP_INLINE void inverse(const V* m, V& first, V& second) {
+  first = m[0] + m[1] + m[2];
+  second = m[1] - m[2] + m[3];
+  if (POINTS == 5) {
+    first += m[4];
+    second += 2.f * m[4];
+  }
+}
+
+// y = A^T m A of rows [r0, r1), and what follows it. acc: (POINTS², rows, nv, L).
+template <int POINTS>
 GP_INLINE void transform_out(const Winograd& c, const float* acc, int64_t position, int64_t r0, int64_t r1, int nv,
                              const Places* places, float* totals) {
   const Layer& l = c.layer;
@@ -169,16 +181,16 @@ GP_INLINE void transform_out(const Winograd& c, const float* acc, int64_t positi
     const V bias = splat(l.bias ? l.bias[row_number(l, r)] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
     V total = totals ? *(const V*)(totals + (r - r0) * L) : V{};
     for (int v = 0; v < nv; v++, acc += L) {
-      V s[8], low, high;
-      GP_UNROLL for (int j = 0; j < 4; j++) {
-        const V a = *(const V*)(acc + j * position), b = *(const V*)(acc + (4 + j) * position),
-                d = *(const V*)(acc + (8 + j) * position), e = *(const V*)(acc + (12 + j) * position);
-        s[j] = a + b + d;
-        s[4 + j] = b - d - e;
+      V s[2][POINTS];
+      GP_UNROLL for (int j = 0; j < POINTS; j++) {
+        V m[POINTS];
+        GP_UNROLL for (int i = 0; i < POINTS; i++) m[i] = *(const V*)(acc + (i * POINTS + j) * position);
+        inverse<POINTS>(m, s[0][j], s[1][j]);
       }
       GP_UNROLL for (int i = 0; i < 2; i++) {
-        const V* t = s + 4 * i;
-        interleave((t[0] + t[1] + t[2] + bias) * gain, (t[1] - t[2] - t[3] + bias) * gain, low, high);
+        V even, odd, low, high;
+        inverse<POINTS>(s[i], even, odd);
+        interleave((even + bias) * gain, (odd + bias) * gain, low, high);
         total += finish_row(l, low, high, places[v], row + i * c.out_width, i);
       }
     }
@@ -251,7 +263,7 @@ static int64_t winograd_scratch(int64_t channels, int64_t row_length, int64_t ro
   const WinogradPlan how(channels, rows, tiles);
   const int64_t weights = std::max(how.block, std::min(how.all * how.block, W_KEPT));
   const int64_t panels = W_MAX_GROUP * 16 * (GP_MAX_NV * L * (W_BLOCK + rows) + 2 * APART);
-  return weights + panels + rows * L + last_scratch(row_length, rows) + 64;
+  return weights + panels + rows * L + last_scratch(row_length, rows);
 }
 
 GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* memory,
@@ -266,7 +278,7 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
   Range later = l.ahead;
   const int64_t rows = r1 - r0, begin = h0 * l.width, end = h1 * l.width;
   const WinogradPlan how(l.channels, rows, end - begin);
-  float* totals = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+  float* totals = memory;
   if (sums) std::memset(totals, 0, rows * L * sizeof(float));
   const LastTile rest = last_tile(c, begin, end, rows, totals + rows * L);
   float *weights = totals + rows * L + rest.pixels.scratch, *packed = weights + (how.keep ? how.all : 1) * how.block;
@@ -324,7 +336,7 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
         }
         if (k1 == l.channels)
           for (int64_t q = 0; q < g.count; q++)
-            transform_out(c, acc + q * acc_panel + (s0 - r0) * g.vectors(q) * L, acc_position, s0, s1, g.vectors(q),
+            transform_out<4>(c, acc + q * acc_panel + (s0 - r0) * g.vectors(q) * L, acc_position, s0, s1, g.vectors(q),
                           places[q], sums ? totals + (s0 - r0) * L : nullptr);
       }
     }
