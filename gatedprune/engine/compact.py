@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_map
 
 from ..errors import BackendError, ConfigError, DataError, ModelError
 from ..gates import Gate
-from ..sites import Analysis, analyse, capture, normalise_inputs, two_samples
+from ..sites import TURNS, Analysis, analyse, capture, normalise_inputs, two_samples
 from ..wrapping import GatedModel, baked
-from . import native
+from . import native, pages
 from .lowering import lower
 from .program import Programs
 from .selection import Selector
@@ -93,6 +93,7 @@ class CompactModel(nn.Module):
         # Not a submodule: its parameters live on in the lowered graphs, and it is never called.
         self.__dict__["_source"] = source
         self._half = self._widen()
+        self._move()
         self._lowered = nn.ModuleDict()
         self._programs = Programs()
         self._last = ""
@@ -114,6 +115,11 @@ class CompactModel(nn.Module):
         source.float()
         return kinds.pop()
 
+    def _move(self) -> None:
+        """To large pages. Here and not when first lowered: then other threads may be reading it."""
+        if self._asked != "torch" and self._fits() and native.load():
+            pages.move(self.__dict__["_source"])
+
     def _as_computed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments in the type that the model is computed in."""
         if self._half is None:
@@ -130,7 +136,8 @@ class CompactModel(nn.Module):
         args = self._as_computed(args)
         key = self._find(args)
         if key is None:
-            key = self._lower(args)
+            with TURNS.tracing():  # which puts other tensors in the place of the source's meanwhile
+                key = self._find(args) or self._lower(args)
         self._last = key
         return self._lowered[key]  # type: ignore[return-value]
 
@@ -139,9 +146,12 @@ class CompactModel(nn.Module):
         """What computes it where it is now: "native" or "torch"."""
         return "native" if self._native() else "torch"
 
-    def _native(self) -> bool:
+    def _fits(self) -> bool:
         first = next(self.__dict__["_source"].parameters(), None)
-        fits = first is not None and first.device.type == "cpu" and first.dtype is torch.float32
+        return first is not None and first.device.type == "cpu" and first.dtype is torch.float32
+
+    def _native(self) -> bool:
+        fits = self._fits()
         if self._asked == "native" and not fits:
             raise BackendError(
                 "backend='native' computes float32, bfloat16 and float16 models on the CPU, of one type throughout. "
@@ -170,7 +180,7 @@ class CompactModel(nn.Module):
             if any(isinstance(a, Tensor) and a.dim() and not a.shape[0] for a in args):
                 # An empty batch has the shape of a full one without its samples.
                 one = tuple(a.new_zeros(1, *a.shape[1:]) if isinstance(a, Tensor) and a.dim() else a for a in args)
-                return tree_map(lambda y: y[:0] if isinstance(y, Tensor) else y, self.prepare(*one)(*one))
+                return tree_map(lambda y: y[:0] if isinstance(y, Tensor) else y, self._compute(one, None))
             self._chosen = None
             if self.share == "sample" and any(gate.varies for gate in self.gates.values()):
                 samples = next(a.shape[0] for a in args if isinstance(a, Tensor) and a.dim())
@@ -179,11 +189,14 @@ class CompactModel(nn.Module):
             return self._compute(args, key)
 
     def _compute(self, args: tuple[Any, ...], key: tuple | None) -> Any:
-        """Run the graph of these shapes, and record it, so that the next such call need not come here."""
+        """Run the graph of these shapes, and record it where there is a key, so that such a call need not come here."""
         graph = self.prepare(*args)
-        if key is not None and self._native():
-            return self._programs.make(key, graph, args, self._last)
-        return graph(*args)
+        if torch.compiler.is_dynamo_compiling():
+            return graph(*args)
+        with TURNS.running():
+            if key is not None and self._native():
+                return self._programs.make(key, graph, args, self._last)
+            return graph(*args)
 
     def _one_by_one(self, args: tuple[Any, ...], samples: int) -> Any:
         """Sample by sample, where each has its own number of channels, so that no narrow tensor could hold two."""
@@ -192,7 +205,7 @@ class CompactModel(nn.Module):
             one = tuple(
                 a[b : b + 1] if isinstance(a, Tensor) and a.dim() and a.shape[0] == samples else a for a in args
             )
-            results.append(self.prepare(*one)(*one))
+            results.append(self._compute(one, None))
             chosen.append(self.last_active)
         self._chosen = {name: torch.cat([c[name] for c in chosen]) for name in chosen[0]}
         return tree_map(lambda *y: torch.cat(y) if isinstance(y[0], Tensor) else y[0], *results)
@@ -249,7 +262,10 @@ class CompactModel(nn.Module):
                 "the model was wrapped for another kind of input."
             )
         key = _key(args, not free)
-        self._lowered[key] = self._graph(analysis).eval()
+        graph = self._graph(analysis).eval()
+        if self._native():
+            pages.move(graph, besides=source)
+        self._lowered[key] = graph
         return key
 
     def _graph(self, analysis: Analysis) -> fx.GraphModule:
@@ -266,6 +282,7 @@ class CompactModel(nn.Module):
             source.to(self._half)  # exact, since its values came from there
         source._apply(fn)
         self._half = self._widen()
+        self._move()
         self._lowered.clear()
         self._programs.clear()
         self._last, self._chosen = "", None

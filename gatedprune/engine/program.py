@@ -85,7 +85,7 @@ class Programs:
     def key(self, args: tuple) -> tuple | None:
         """What decides which operators run; None where Python has to see them."""
         if (
-            torch.compiler.is_compiling()
+            torch.compiler.is_dynamo_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._len_torch_function_stack()
             or torch._C._functorch.peek_interpreter_stack() is not None

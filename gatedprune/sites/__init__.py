@@ -8,9 +8,11 @@ from .capture import GATING_STATE, capture, evaluating, normalise_inputs, suspen
 from .discovery import Analysis, SiteNodes, analyse, find_sites
 from .norms import norm_options
 from .site import Attach, Edge, Layer, NormAt, Site, SiteReport
+from .turns import TURNS
 
 __all__ = [
     "GATING_STATE",
+    "TURNS",
     "Analysis",
     "Attach",
     "Edge",

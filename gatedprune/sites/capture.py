@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import ConfigError, ModelError
 from .rewrites import join_response_norms, join_rms_norms, replace_overwritten
+from .turns import TURNS
 
 __all__ = [
     "GATING_STATE",
@@ -123,7 +124,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], *, dynamic_batch: bool = Fa
     if dynamic_batch:
         shapes = tuple({0: torch.export.Dim.AUTO} if isinstance(a, Tensor) and a.dim() else None for a in args)
     try:
-        with _unchanged(model), evaluating(model), suspended(model), torch.no_grad(), warnings.catch_warnings():
+        with (
+            TURNS.tracing(), _unchanged(model), evaluating(model), suspended(model), torch.no_grad(),
+            warnings.catch_warnings(),
+        ):  # fmt: skip
             # Of caches that a forward pass fills (attention biases, position grids): `_unchanged` takes them out again.
             warnings.filterwarnings("ignore", "The tensor attributes? ", UserWarning)
             program = _exported(model, args, shapes)

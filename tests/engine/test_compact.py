@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import timm
@@ -320,3 +321,28 @@ def test_what_depends_on_the_batch_size_is_no_constant(fixed: bool) -> None:
     fast = compact(gated, x)
     same(fast, gated, x)
     same(fast, gated, x[:2])
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_new_sizes_of_images_in_several_threads(backend: str) -> None:
+    """`torch.export` patches modules for all threads, so what others compute meanwhile would come to nothing."""
+    torch.manual_seed(0)
+    gated = wrap(timm.create_model("test_resnet").eval(), ratio=0.5)
+    fast = compact(gated, torch.randn(1, 3, 64, 64), backend=backend)
+    images = [torch.randn(1 + i % 2, 3, 32 + 16 * i, 48) for i in range(4)]
+    with torch.no_grad():
+        wanted = [gated(x) for x in images]
+    found: list[list[torch.Tensor]] = [[] for _ in images]
+
+    def run(i: int) -> None:
+        found[i].extend(fast(images[i]) for _ in range(6))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for each, want in zip(found, wanted, strict=True):
+        assert len(each) == 6
+        for y in each:
+            torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
