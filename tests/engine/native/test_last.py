@@ -84,11 +84,11 @@ def test_several_blocks(channels: tuple[tuple[int, int], tuple[int, int]], threa
     check((7, 7), *channels, kernel=kernel, threads=threads)
 
 
-@pytest.mark.parametrize("size", [(14, 14), (13, 14), (14, 13), (13, 13), (2, 2), (2, 34)])
+@pytest.mark.parametrize("size", [(14, 14), (13, 14), (14, 13), (13, 13), (2, 2), (2, 34), (2, 35), (9, 14), (11, 12)])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize(("channels", "active"), [((96, 61), (70, 40)), ((150, 40), (150, 40)), ((300, 61), (140, 61))])
-def test_the_last_tile(size: tuple[int, int], activation: str, channels: tuple, active: tuple) -> None:
-    """Of F(2×2, 3×3): 49 tiles are three vectors of 16 and one more."""
+def test_the_last_tiles(size: tuple[int, int], activation: str, channels: tuple, active: tuple) -> None:
+    """Of F(2×2, 3×3): 49, 18, 35 and 36 tiles are vectors of 16 and one to four more."""
     check(size, channels, active, 3, activation=activation, winograd=True)
 
 

@@ -34,52 +34,40 @@ static int64_t last_scratch(int64_t row_length, int64_t rows) {
   return (MAX_LAST + 1) * (whole_vectors(row_length) + rows * L);
 }
 
-// Packs `count` pixels into `memory`. at(p, t): where tap t of pixel p of the first channel lies. column(j, t): of channel j.
-template <typename At, typename Column>
-GP_INLINE Last pack_last(const Layer& l, int64_t count, int64_t taps, int64_t rows, float* memory, const At& at,
-                         const Column& column) {
-  Last a;
-  a.count = count;
-  a.pitch = whole_vectors(l.row_length);
-  a.scratch = last_scratch(l.row_length, rows);
-  a.partial = memory + (MAX_LAST + 1) * a.pitch;
-  a.sums = a.partial + MAX_LAST * rows * L;
-  a.x = memory;
-  std::memset(memory, 0, (count + 1) * a.pitch * sizeof(float));
-  int32_t* active = reinterpret_cast<int32_t*>(memory + count * a.pitch);
-  if (l.row_length != (l.channels * taps + PAIR - 1) / PAIR) a.active = active;
-  const int64_t step = l.source == Source::tokens ? 1 : l.plane;
-  for (int64_t p = 0; p < count; p++)
-    for (int64_t t = 0; t < taps; t++) {
-      const float* from = l.x + at(p, t);
-      float* to = memory + p * a.pitch;
-      for (int64_t j = 0; j < l.channels; j++, from += step) {
-#ifdef GP_PAIRS
-        reinterpret_cast<uint16_t*>(to)[j * taps + t] = rounded(*from);
-#else
-        to[column(j, t)] += *from;  // a channel may be named twice
-        active[column(j, t)] = -1;
-#endif
-      }
-    }
-  return a;
-}
-
-// Those among the vectors up to v1, if any are computed so.
+// Those among the vectors up to v1, if any are computed so; packed into `memory`.
 GP_TARGET static Last last_pixels(const Layer& l, int64_t v1, int64_t rows, float* memory) {
   const int64_t rest = l.pixels % L, depth = l.channels * l.taps, columns = (depth + PAIR - 1) / PAIR;
   // At most half as many products as the empty vector has.
   const bool pays = rest && rest <= MAX_LAST && 2 * rest * l.row_length <= L * columns;
   if (!pays || v1 * L < l.pixels || depth < LAST_DEPTH || rows < LAST_ROWS) return {};
-  const int64_t first = l.pixels - rest;
-  auto at = [&](int64_t p, int64_t t) {
-    const int64_t n = first + p;
-    if (l.source == Source::padded) return n / l.width * l.row_pitch + n % l.width + l.tap_offset[t];
-    return l.source == Source::tokens ? n * l.plane : n;
-  };
-  auto column = [&](int64_t j, int64_t t) { return l.columns[j * l.taps + t]; };
-  Last a = pack_last(l, rest, l.taps, rows, memory, at, column);
-  a.first = first;
+  Last a;
+  a.count = rest;
+  a.first = l.pixels - rest;
+  a.pitch = whole_vectors(l.row_length);
+  a.scratch = last_scratch(l.row_length, rows);
+  a.partial = memory + (MAX_LAST + 1) * a.pitch;
+  a.sums = a.partial + MAX_LAST * rows * L;
+  a.x = memory;
+  std::memset(memory, 0, (rest + 1) * a.pitch * sizeof(float));
+  int32_t* active = reinterpret_cast<int32_t*>(memory + rest * a.pitch);
+  if (l.row_length != columns) a.active = active;
+  const int64_t step = l.source == Source::tokens ? 1 : l.plane;
+  for (int64_t p = 0; p < rest; p++)
+    for (int64_t t = 0; t < l.taps; t++) {
+      const int64_t n = a.first + p;
+      const float* from = l.x + (l.source == Source::padded ? n / l.width * l.row_pitch + n % l.width + l.tap_offset[t]
+                                 : l.source == Source::tokens ? n * l.plane
+                                                              : n);
+      float* to = memory + p * a.pitch;
+      for (int64_t j = t; j < depth; j += l.taps, from += step) {
+#ifdef GP_PAIRS
+        reinterpret_cast<uint16_t*>(to)[j] = rounded(*from);
+#else
+        to[l.columns[j]] += *from;  // a channel may be named twice
+        active[l.columns[j]] = -1;
+#endif
+      }
+    }
   return a;
 }
 

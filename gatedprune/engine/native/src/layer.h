@@ -109,7 +109,7 @@ struct Kernels {
   void (*abs_sum_tokens)(const float* x, int64_t tokens, int64_t channels, float* sums);
   // Without `edges` only what comes from x is written: the padding is there from another plane.
   void (*pad)(const Padding&, const float* x, bool edges, float* y);
-  int64_t (*winograd_scratch)(int64_t channels, int64_t row_length, int64_t rows, int64_t tiles);
+  int64_t (*winograd_scratch)(int64_t channels, int64_t rows, int64_t tiles);
   // Computes rows [h0, h1) of tiles and rows [r0, r1).
   void (*winograd)(const Winograd&, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* scratch, float* sums);
   // The same for 7×7 and stride 2.

@@ -376,7 +376,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   Tensor partial;
   if (mean && c.chunks > 1) partial = at::zeros({c.chunks, B, R_all}, x.options());
   const int64_t need = phases     ? kernel.phases_scratch(K, R)
-                       : winograd ? kernel.winograd_scratch(K, w.row_length, R, height * width)
+                       : winograd ? kernel.winograd_scratch(K, R, height * width)
                                   : kernel.scratch(K * taps, w.row_length, R, 4 * R * w.ldw);
   const Range later = ahead();
   for_all(B * G * c.chunks * c.row_cuts, flops, [&](int64_t i) {

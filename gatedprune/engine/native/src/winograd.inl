@@ -198,40 +198,88 @@ GP_INLINE void transform_out(const Winograd& c, const float* acc, int64_t positi
   }
 }
 
-// The last tile, where it would be alone in a vector: its pixels one by one, as in last.inl.
-struct LastTile {
-  Last pixels;
-  int64_t at[4];  // of each in y
+// The last tiles, where they would leave a vector nearly empty: their products run along the weights' rows instead, as
+// those of single pixels in last.inl, a vector of channels at once.
+constexpr int64_t MAX_TILES = L / 4;
+
+struct LastTiles {
+  int64_t count = 0, first = 0, pitch = 0;  // tiles, and floats of each at a position
+  float *x = nullptr, *sums = nullptr;      // (16, count, pitch), transformed; (rows, count, 16)
 };
 
-GP_INLINE LastTile last_tile(const Winograd& c, int64_t begin, int64_t end, int64_t rows, float* memory) {
-  const Layer& l = c.layer;
-  LastTile a;
-  const bool alone = end == l.pixels && end - begin > L && (end - begin) % L == 1;
-  if (!alone || MAX_LAST < 4 || 9 * l.channels < LAST_DEPTH || rows < LAST_ROWS) return a;
-  const int64_t n = end - 1, h = 2 * (n / l.width), w = 2 * (n % l.width);
-  int64_t count = 0, shift[4];
-  for (int64_t i = 0; i < 4; i++)
-    if (h + i / 2 < c.out_height && w + i % 2 < c.out_width) {
-      a.at[count] = (h + i / 2) * c.out_width + w + i % 2;
-      shift[count++] = i / 2 * 4 + i % 2;
-    }
-  const int64_t tile = n / l.width * l.row_pitch + n % l.width;
-  auto at = [&](int64_t p, int64_t t) { return tile + l.tap_offset[shift[p] + t / 3 * 4 + t % 3]; };
-  auto column = [&](int64_t j, int64_t t) { return 9 * l.columns[j] + t; };
-  a.pixels = pack_last(l, count, 9, rows, memory, at, column);
+static int64_t last_tiles_scratch(int64_t channels, int64_t rows) {
+  return 16 * MAX_TILES * (whole_vectors(channels) + rows);
+}
+
+static LastTiles last_tiles(const Layer& l, int64_t begin, int64_t end, int64_t rows, float* memory) {
+  LastTiles a;
+  const int64_t rest = (end - begin) % L;
+  if (end - begin < L || rest == 0 || rest > MAX_TILES) return a;
+  a.count = rest;
+  a.first = end - rest;
+  a.pitch = whole_vectors(l.channels);
+  a.x = memory;
+  a.sums = memory + 16 * rest * a.pitch;
+  std::memset(memory, 0, 16 * rest * (a.pitch + rows) * sizeof(float));
   return a;
 }
 
-// Row r; `sums` of its pixels, and |y| to `totals` if not null.
-GP_INLINE void finish_tile(const Layer& l, const LastTile& a, int64_t r, const float* sums, float* totals) {
-  float* y = l.y + r * l.ldy;
-  V v = *(const V*)sums + splat(l.bias ? l.bias[row_number(l, r)] : 0.f);
-  v *= splat(l.gain ? l.gain[r] : 1.f);
-  for (int64_t p = 0; l.residual && p < a.pixels.count; p++) v[p] += l.residual[r * l.ldy + a.at[p]];
-  v = activate(v, l.activation);
-  for (int64_t p = 0; p < a.pixels.count; p++) y[a.at[p]] = v[p];
-  if (totals) *(V*)totals += vabs(keep_part(v, a.pixels.count));
+// The channels [k0, k1) of the last tiles to a.x; `memory` for a vector of tiles at 16 positions.
+GP_INLINE void pack_tiles(const Layer& l, const LastTiles& a, int64_t k0, int64_t k1, float* memory) {
+  const int64_t position = L * W_BLOCK + APART;
+  Gather gather;
+  plan(l, a.first, 1, gather);
+  transform_in<1>(l, gather, k0, k1, memory, position);
+  for (int64_t p = 0; p < 16; p++)
+    for (int64_t t = 0; t < a.count; t++)
+      for (int64_t k = k0; k < k1; k++) a.x[(p * a.count + t) * a.pitch + k] = memory[p * position + (k - k0) * L + t];
+}
+
+// a.sums += transformed weights times tiles, of rows [s0, s1) of those from r0 on and so many channels from k0 on.
+GP_INLINE void multiply_tiles(const LastTiles& a, const float* w, int64_t pitch, int64_t position, int64_t r0, int64_t s0,
+                              int64_t s1, int64_t k0, int64_t channels) {
+  for (int64_t r = s0; r < s1; r++, w += pitch)
+    for (int64_t t = 0; t < a.count; t++) {
+      float* sums = a.sums + ((r - r0) * a.count + t) * 16;
+      for (int64_t p = 0; p < 16; p += 4) {
+        V s[4] = {};
+        for (int64_t k = 0; k < channels; k += L)  // both end in zeros
+          GP_UNROLL for (int i = 0; i < 4; i++)
+            s[i] += *(const V*)(w + (p + i) * position + k) * *(const V*)(a.x + ((p + i) * a.count + t) * a.pitch + k0 + k);
+        *(QU*)(sums + p) += hsums(s);
+      }
+    }
+}
+
+// y = A^T m A of row r, and what follows it; |y| to `totals` if not null.
+GP_INLINE void finish_tiles(const Winograd& c, const LastTiles& a, int64_t r0, int64_t r, float* totals) {
+  const Layer& l = c.layer;
+  const V bias = splat(l.bias ? l.bias[row_number(l, r)] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
+  for (int64_t t = 0; t < a.count; t++) {
+    const float* m = a.sums + ((r - r0) * a.count + t) * 16;
+    float s[2][4];
+    for (int j = 0; j < 4; j++) {
+      s[0][j] = m[j] + m[4 + j] + m[8 + j];
+      s[1][j] = m[4 + j] - m[8 + j] + m[12 + j];
+    }
+    V v = V{};
+    for (int i = 0; i < 2; i++) {
+      v[2 * i] = s[i][0] + s[i][1] + s[i][2];
+      v[2 * i + 1] = s[i][1] - s[i][2] + s[i][3];
+    }
+    v = (v + bias) * gain;
+    const int64_t n = a.first + t, h = 2 * (n / l.width), w = 2 * (n % l.width), at = r * l.ldy + h * c.out_width + w;
+    const bool inside[4] = {true, w + 1 < c.out_width, h + 1 < c.out_height,
+                            w + 1 < c.out_width && h + 1 < c.out_height};
+    for (int i = 0; i < 4 && l.residual; i++)
+      if (inside[i]) v[i] += l.residual[at + i / 2 * c.out_width + i % 2];
+    v = activate(v, l.activation);
+    for (int i = 0; i < 4; i++) {
+      if (!inside[i]) continue;
+      l.y[at + i / 2 * c.out_width + i % 2] = v[i];
+      if (totals) totals[i] += std::fabs(v[i]);
+    }
+  }
 }
 
 // Panels that share each weight, as in kernel.inl; a panel is sixteen times as large here.
@@ -259,11 +307,11 @@ struct WinogradPlan {
 };
 
 // For so many rows and tiles or fewer: of fewer rows, weights may be kept where those of all are not.
-static int64_t winograd_scratch(int64_t channels, int64_t row_length, int64_t rows, int64_t tiles) {
+static int64_t winograd_scratch(int64_t channels, int64_t rows, int64_t tiles) {
   const WinogradPlan how(channels, rows, tiles);
   const int64_t weights = std::max(how.block, std::min(how.all * how.block, W_KEPT));
   const int64_t panels = W_MAX_GROUP * 16 * (GP_MAX_NV * L * (W_BLOCK + rows) + 2 * APART);
-  return weights + panels + rows * L + last_scratch(row_length, rows);
+  return weights + panels + rows * L + last_tiles_scratch(channels, rows);
 }
 
 GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_t r0, int64_t r1, float* memory,
@@ -280,14 +328,15 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
   const WinogradPlan how(l.channels, rows, end - begin);
   float* totals = memory;
   if (sums) std::memset(totals, 0, rows * L * sizeof(float));
-  const LastTile rest = last_tile(c, begin, end, rows, totals + rows * L);
-  float *weights = totals + rows * L + rest.pixels.scratch, *packed = weights + (how.keep ? how.all : 1) * how.block;
+  float* last = totals + rows * L;
+  const LastTiles rest = last_tiles(l, begin, end, rows, last);
+  float *weights = last + last_tiles_scratch(l.channels, rows), *packed = weights + (how.keep ? how.all : 1) * how.block;
   Gather gather[W_MAX_GROUP];
   Places places[W_MAX_GROUP][GP_MAX_NV];
   const int64_t widest = GP_MAX_NV * L, position = widest * W_BLOCK + APART, panel = 16 * position;
   const int64_t acc_position = widest * rows + APART, acc_panel = 16 * acc_position;
   float* acc = packed + how.group * panel;
-  for (int64_t left = (end - begin + L - 1) / L - (rest.pixels.count > 0), n0 = begin; left > 0;) {
+  for (int64_t left = (end - begin + L - 1) / L - (rest.count > 0), n0 = begin; left > 0;) {
     const Panels all = split(left), g = all.first(std::min(how.group, all.count));
     for (int64_t q = 0; q < g.count; q++) {
       const int64_t first = n0 + g.start(q) * L;
@@ -296,6 +345,7 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
     }
     for (int64_t k0 = 0; k0 < l.channels || k0 == 0; k0 += W_BLOCK) {
       const int64_t k1 = std::min(l.channels, k0 + W_BLOCK);
+      if (rest.count && n0 == begin) pack_tiles(l, rest, k0, k1, packed);
       for (int64_t q = 0; q < g.count; q++) {
         float* to = packed + q * panel;
         switch (g.vectors(q)) {
@@ -329,10 +379,10 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
             }
           }
         }
-        if (rest.pixels.count && n0 == begin && k1 == l.channels) {
-          LAST_BLOCKS[rest.pixels.count](l, rest.pixels, r0, s0, s1, true, 0, l.row_length, true, true);
-          for (int64_t r = s0; r < s1; r++)
-            finish_tile(l, rest, r, rest.pixels.sums + (r - r0) * L, sums ? totals + (r - r0) * L : nullptr);
+        if (rest.count && n0 == begin) {
+          multiply_tiles(rest, w, how.pitch, how.position, r0, s0, s1, k0, k1 - k0);
+          for (int64_t r = s0; r < s1 && k1 == l.channels; r++)
+            finish_tiles(c, rest, r0, r, sums ? totals + (r - r0) * L : nullptr);
         }
         if (k1 == l.channels)
           for (int64_t q = 0; q < g.count; q++)
