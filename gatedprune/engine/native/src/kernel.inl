@@ -572,6 +572,8 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   const int64_t most = group_size(depth, l.rows, 4 * l.rows * l.ldw);
   Range later = l.ahead;
   const bool bounds = !l.tokens_out && l.activation <= Activation::relu6;
+  // Rows of a multiple of 4 KiB share one set of eight lines of the first-level cache.
+  const auto rows_of = [few = l.ldw % 1024 == 0](int nv) { return few ? std::min(TILE_ROWS[nv], 6) : TILE_ROWS[nv]; };
   float *totals = memory, *packed = totals + rows * L;  // sums of |y|, a vector for each row; panels
   if (sums) std::memset(totals, 0, rows * L * sizeof(float));
   const Last rest = last_pixels(l, v1, rows, packed);
@@ -609,17 +611,17 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
         if (pixels.panels) return pixels.take(n);
         if (!last || l.tokens_out || r >= r1) return {};
         const float* next = (l.residual ? l.residual : l.y) + r * l.ldy + pixel(p);
-        const int64_t columns = 4 * std::min<int64_t>(TILE_ROWS[g.nv], r1 - r);
+        const int64_t columns = 4 * std::min<int64_t>(rows_of(g.nv), r1 - r);
         return {reinterpret_cast<const char*>(next), columns, l.ldy * 4, cache_lines(width)};
       };
-      const int64_t step = g.wide < g.count ? STEP : TILE_ROWS[g.nv];
+      const int64_t step = g.wide < g.count ? STEP : rows_of(g.nv);
       const int64_t rest0 = l.row_length * k0 / std::max<int64_t>(1, depth) / L * L;
       const int64_t rest1 = last ? l.row_length : l.row_length * k1 / depth / L * L;
       int64_t done = r0;  // rows of the last pixels
       for (int64_t s0 = r0; s0 < r1; s0 += step) {
         for (int64_t p0 = 0, p1; p0 < g.count; p0 = p1) {
           p1 = p0 < g.wide ? g.wide : g.count;
-          const int nv = g.vectors(p0), tall = TILE_ROWS[nv];
+          const int nv = g.vectors(p0), tall = rows_of(nv);
           const int64_t s1 = std::min(s0 + step, r1);
           for (int64_t r = s0; r < s1; r += tall) {
             const int height = int(std::min<int64_t>(tall, s1 - r));

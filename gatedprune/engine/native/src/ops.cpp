@@ -383,7 +383,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     const int64_t row_cut = i % c.row_cuts, chunk = i / c.row_cuts % c.chunks, item = i / c.row_cuts / c.chunks;
     const int64_t b = item / G, g = item % G, s = b / repeat;
     Layer l{};
-    l.source = direct ? Source::contiguous : Source::padded;
+    l.source = taps == 1 ? Source::contiguous : Source::padded;  // of 1×1 a padded copy is as large as the output
     l.x = source + (b * G + g) * K * plane;
     l.plane = plane;
     l.taps = taps;
