@@ -812,8 +812,9 @@ GP_TARGET static float affine(const float* x, int64_t n, float scale, float shif
   return hsum(sum);
 }
 
-// y[r] = w[r] · x + bias[r]. Several rows at once, since each waits for its own last sum and for its own memory.
-template <int R>
+// y[r] = w[r] · x + bias[r]. Several rows at once, since each waits for its own last sum and for its own memory; as many
+// after them are fetched if AHEAD.
+template <int R, bool AHEAD>
 GP_INLINE void dots(const float* w, int64_t n, const float* x, const float* bias, float* y) {
   V a[R], b[R];
   GP_UNROLL for (int r = 0; r < R; r++) a[r] = b[r] = V{};
@@ -821,6 +822,7 @@ GP_INLINE void dots(const float* w, int64_t n, const float* x, const float* bias
   for (; i + 2 * L <= n; i += 2 * L) {
     const V x0 = load(x + i), x1 = load(x + i + L);
     GP_UNROLL for (int r = 0; r < R; r++) {
+      for (int j = 0; AHEAD && j < 2 * L; j += 16) __builtin_prefetch(w + (R + r) * n + i + j, 0, 2);
       a[r] += load(w + r * n + i) * x0;
       b[r] += load(w + r * n + i + L) * x1;
     }
@@ -835,8 +837,14 @@ GP_INLINE void dots(const float* w, int64_t n, const float* x, const float* bias
 
 GP_TARGET static void matvec(const float* w, int64_t rows, int64_t n, const float* x, const float* bias, float* y) {
   int64_t r = 0;
-  for (; r + 8 <= rows; r += 8) dots<8>(w + r * n, n, x, bias ? bias + r : nullptr, y + r);
-  for (; r < rows; r++) dots<1>(w + r * n, n, x, bias ? bias + r : nullptr, y + r);
+  for (; r + 8 <= rows; r += 8) {
+    const float* b = bias ? bias + r : nullptr;
+    if (n <= 512)
+      dots<8, true>(w + r * n, n, x, b, y + r);
+    else  // the hardware foresees long runs
+      dots<8, false>(w + r * n, n, x, b, y + r);
+  }
+  for (; r < rows; r++) dots<1, false>(w + r * n, n, x, bias ? bias + r : nullptr, y + r);
 }
 
 // Every S-th value of x, a vector of them, where the last one counts that may be read.
