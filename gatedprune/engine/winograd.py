@@ -3,7 +3,7 @@
 Source: Lavin and Gray 2016, arXiv:1509.09308, section 4.1. Every channel is transformed by itself, so that choosing
 channels commutes with it: the kernels transform the weights that win, in each run (`native/src/winograd.inl`). A 7×7
 kernel of stride 2, with which many networks begin, is four smaller ones of stride 1 on every other row and column of
-the input, with 81 products for 196 (`native/src/phases.inl`).
+the input, with 100 products for 196 (`native/src/phases.inl`).
 """
 
 from __future__ import annotations

@@ -160,19 +160,13 @@ GP_INLINE V finish_row(const Layer& l, V low, V high, const Places& to, int64_t 
   return total;
 }
 
-// y = A^T m, for the values m[i] at the points 0, 1, -1, infinity and, of 5, 2.
-template <int POINTS>
+// y = A^T m, of the values m[i] at the points 0, 1, -1 and infinity.
 GP_INLINE void inverse(const V* m, V& first, V& second) {
   first = m[0] + m[1] + m[2];
   second = m[1] - m[2] + m[3];
-  if (POINTS == 5) {
-    first += m[4];
-    second += 2.f * m[4];
-  }
 }
 
-// y = A^T m A of rows [r0, r1), and what follows it. acc: (POINTS², rows, nv, L).
-template <int POINTS>
+// y = A^T m A of rows [r0, r1), and what follows it. acc: (16, rows, nv, L).
 GP_INLINE void transform_out(const Winograd& c, const float* acc, int64_t position, int64_t r0, int64_t r1, int nv,
                              const Places* places, float* totals) {
   const Layer& l = c.layer;
@@ -181,15 +175,15 @@ GP_INLINE void transform_out(const Winograd& c, const float* acc, int64_t positi
     const V bias = splat(l.bias ? l.bias[row_number(l, r)] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
     V total = totals ? *(const V*)(totals + (r - r0) * L) : V{};
     for (int v = 0; v < nv; v++, acc += L) {
-      V s[2][POINTS];
-      GP_UNROLL for (int j = 0; j < POINTS; j++) {
-        V m[POINTS];
-        GP_UNROLL for (int i = 0; i < POINTS; i++) m[i] = *(const V*)(acc + (i * POINTS + j) * position);
-        inverse<POINTS>(m, s[0][j], s[1][j]);
+      V s[2][4];
+      GP_UNROLL for (int j = 0; j < 4; j++) {
+        V m[4];
+        GP_UNROLL for (int i = 0; i < 4; i++) m[i] = *(const V*)(acc + (4 * i + j) * position);
+        inverse(m, s[0][j], s[1][j]);
       }
       GP_UNROLL for (int i = 0; i < 2; i++) {
         V even, odd, low, high;
-        inverse<POINTS>(s[i], even, odd);
+        inverse(s[i], even, odd);
         interleave((even + bias) * gain, (odd + bias) * gain, low, high);
         total += finish_row(l, low, high, places[v], row + i * c.out_width, i);
       }
@@ -386,7 +380,7 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
         }
         if (k1 == l.channels)
           for (int64_t q = 0; q < g.count; q++)
-            transform_out<4>(c, acc + q * acc_panel + (s0 - r0) * g.vectors(q) * L, acc_position, s0, s1, g.vectors(q),
+            transform_out(c, acc + q * acc_panel + (s0 - r0) * g.vectors(q) * L, acc_position, s0, s1, g.vectors(q),
                           places[q], sums ? totals + (s0 - r0) * L : nullptr);
       }
     }
