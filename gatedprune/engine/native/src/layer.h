@@ -96,7 +96,8 @@ struct Resize {
 struct Kernels {
   const char* name;
   int64_t lanes;
-  // Floats of scratch memory, aligned to cache lines, that `layer` needs for sums over `depth` of the columns of so long rows, and so many rows.
+  // Floats of scratch memory, aligned to cache lines, that `layer` needs for sums over `depth` of the columns of so long
+  // rows, and so many rows.
   int64_t (*scratch)(int64_t depth, int64_t row_length, int64_t rows, int64_t weight_bytes);
   // Computes vectors [v0, v1) of `lanes` pixels and rows [r0, r1); adds each row's sum of |y| to sums if not null.
   void (*layer)(const Layer&, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* scratch, float* sums);
