@@ -53,6 +53,7 @@ class Turns:
                 raise
             finally:
                 self._waiting -= 1
+                self._changed.notify_all()
         self._own.blocks = 0
         try:
             yield
