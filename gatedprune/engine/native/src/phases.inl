@@ -153,7 +153,7 @@ GP_TARGET static void phases(const Winograd& c, int64_t h0, int64_t h1, int64_t 
                                   nullptr, nullptr, Goal{nullptr, 0, 0, nullptr, fetch, take(later, depth)});
         }
       transform_out(c, products, how.products, r0 + r, r0 + r + height, nv, places,
-                            sums ? totals + r * L : nullptr);
+                    sums ? totals + r * L : nullptr);
     }
   }
   if (sums)
