@@ -117,7 +117,7 @@ class CompactModel(nn.Module):
 
     def _move(self) -> None:
         """To large pages. Here and not when first lowered: then other threads may be reading it."""
-        if self._asked != "torch" and self._fits() and native.load():
+        if self._fits() and self._native():
             pages.move(self.__dict__["_source"])
 
     def _as_computed(self, args: tuple[Any, ...]) -> tuple[Any, ...]:

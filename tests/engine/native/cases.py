@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from hypothesis import settings
@@ -25,6 +27,16 @@ def subsets(samples: int, channels: int, count: int, generator: torch.Generator)
 def rounded(*tensors: Tensor) -> tuple[Tensor, ...]:
     """To numbers that bfloat16 holds: float32 holds their products, and such a kernel meets the same tolerance."""
     return tuple(t.bfloat16().float() for t in tensors)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @st.composite
@@ -77,9 +89,7 @@ def check_convolution(case: dict) -> None:
     residual = torch.randn(want.shape, generator=g) if with_residual else None
     want = want if residual is None else want + residual
     want = ACTIVATIONS[case["activation"]](want) if case["activation"] else want
-    before = torch.get_num_threads()
-    torch.set_num_threads(case["threads"])
-    try:
+    with on_threads(case["threads"]):
         weight = weight.bfloat16() if case["bfloat16"] else weight
         rest = (*options, 1, True, case["activation"], True, case["winograd"])
         found, mean = ops.conv2d(x, weight, bias, in_index, out_index, gain, residual, *rest)
@@ -89,5 +99,3 @@ def check_convolution(case: dict) -> None:
             mean = ops.conv2d_into(x, weight, bias, in_index, out_index, gain, residual, *rest)
             assert torch.equal(residual, found)
             torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
-    finally:
-        torch.set_num_threads(before)

@@ -12,7 +12,7 @@ from gatedprune.engine.selection import ChannelGain, ChannelIndex
 from gatedprune.functional import subsample
 from gatedprune.gates import Gate
 
-from .cases import CLOSE, FUZZ, ops, subsets
+from .cases import CLOSE, FUZZ, on_threads, ops, subsets
 
 if not native.load():
     pytest.skip(f"no native engine here: {native.build_error()}", allow_module_level=True)
@@ -76,14 +76,10 @@ def test_saliencies_of_one_sample(seed: int, channels: int, inputs: int, rank: i
     full = s if index is None else torch.zeros(1, inputs).scatter(1, index, s)
     low = (full if reduce is None else full @ reduce.T).double()
     wanted = (low @ weight.double().T + bias).relu()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         active, gain = ops.gate(
             s, weight, bias, torch.zeros(channels), torch.ones(()), index, channels, True, None, None, reduce
         )
-    finally:
-        torch.set_num_threads(before)
     assert active.tolist() == [list(range(channels))]
     torch.testing.assert_close(gain.double(), 1 + wanted, rtol=1e-4, atol=1e-4 * float(wanted.max() + 1))
 

@@ -15,7 +15,7 @@ from gatedprune.engine import native
 from gatedprune.engine.narrow import ACTIVATIONS
 from gatedprune.functional import indexed_conv2d, subsample
 
-from .cases import CLOSE, FUZZ, check_convolution, convolutions, ops, rounded, subsets
+from .cases import CLOSE, FUZZ, check_convolution, convolutions, on_threads, ops, rounded, subsets
 
 if not native.load():
     pytest.skip(f"no native engine here: {native.build_error()}", allow_module_level=True)
@@ -70,13 +70,9 @@ def test_weights_of_suppressed_channels_are_not_used(how: str, size: tuple[int, 
         x, weight, held = *rounded(x, weight), held.bfloat16()
     held[index[1][0][:, None], index[0][0]] = weight.to(held.dtype)
     want = F.conv2d(x.double(), weight.double(), padding=1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         rest = ([1, 1], [1, 1], [1, 1], 1, True, "", False, how == "winograd")
         found = ops.conv2d(x, held, None, *index, None, None, *rest)[0]
-    finally:
-        torch.set_num_threads(before)
     torch.testing.assert_close(found.double(), want, **CLOSE)
 
 
@@ -133,12 +129,8 @@ def test_depthwise(seed: int, size: tuple[int, int], kernel: tuple[int, int], st
         for i in range(2)
     ]) * gain.double()[:, :, None, None]  # fmt: skip
     want = ACTIVATIONS[activation](want) if activation else want
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         found, mean = ops.conv2d(x, weight, bias, None, out_index, gain, None, *options, 7, True, activation, True)
-    finally:
-        torch.set_num_threads(before)
     torch.testing.assert_close(found.double(), want, **CLOSE)
     torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
 

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from gatedprune.engine import native
 from gatedprune.engine.narrow import ACTIVATIONS
 from gatedprune.functional import subsample
 
+from .cases import CLOSE, on_threads, ops, rounded, subsets
+
 if not native.load():
     pytest.skip(f"no native engine here: {native.build_error()}", allow_module_level=True)
 
-ops = torch.ops.gatedprune
-CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-def some(samples: int, channels: int, count: int) -> Tensor:
-    return torch.stack([torch.randperm(channels)[:count].sort().values for _ in range(samples)])
 
 
 def check(size: tuple[int, int], channels: tuple[int, int], active: tuple[int, int], kernel: int = 1, threads: int = 1,
           activation: str = "relu", bfloat16: bool = False, winograd: bool = False) -> None:  # fmt: skip
     """Two samples, with all that follows the sums. What is suppressed is NaN, so that it shows where it is read."""
-    torch.manual_seed(0)
+    g = torch.manual_seed(0)
     (cin, cout), (kin, kout) = channels, active
-    in_index = some(2, cin, kin) if kin < cin else None
-    out_index = some(2, cout, kout) if kout < cout else None
+    in_index = subsets(2, cin, kin, g) if kin < cin else None
+    out_index = subsets(2, cout, kout, g) if kout < cout else None
     x = torch.randn(2, kin, *size)
     weight, bias = torch.randn(cout, cin, kernel, kernel) / (cin * kernel**2) ** 0.5, torch.randn(cout)
     gain = torch.rand(2, kout) if in_index is not None or out_index is not None else None
     residual = torch.randn(2, kout, *size)
     if bfloat16:
-        x, weight = x.bfloat16().float(), weight.bfloat16().float()
+        x, weight = rounded(x, weight)
     want, means = [], []
     for i in range(2):
         rows = slice(None) if out_index is None else out_index[i]
@@ -43,9 +38,7 @@ def check(size: tuple[int, int], channels: tuple[int, int], active: tuple[int, i
         y = (y if gain is None else y * gain[i, :, None, None]) + residual[i]
         want.append(ACTIVATIONS[activation](y) if activation else y)
         means.append(subsample(want[-1][None])[0])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         for i in range(2):  # one by one, since each suppresses others
             held = weight.clone()
             if in_index is not None:
@@ -58,8 +51,6 @@ def check(size: tuple[int, int], channels: tuple[int, int], active: tuple[int, i
                                      activation, True, winograd)  # fmt: skip
             torch.testing.assert_close(found[0].double(), want[i], **CLOSE)
             torch.testing.assert_close(mean[0].double(), means[i], **CLOSE)
-    finally:
-        torch.set_num_threads(before)
 
 
 # One to six pixels beyond a vector of 16, 8 or 4, or nothing but those; and as many as fill three vectors and 13 of 16.
@@ -97,12 +88,12 @@ def test_the_last_tiles(size: tuple[int, int], activation: str, channels: tuple,
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_tokens(tokens: int, columns: tuple[bool, bool], narrow: bool, bfloat16: bool) -> None:
-    torch.manual_seed(0)
+    g = torch.manual_seed(0)
     x, weight, bias = torch.randn(1, tokens, 90), torch.randn(70, 130) / 10, torch.randn(70)
-    index = some(1, 130, 90) if narrow else None
+    index = subsets(1, 130, 90, g) if narrow else None
     weight = weight if narrow else weight[:, :90].contiguous()
     if bfloat16:
-        x, weight = x.bfloat16().float(), weight.bfloat16().float()
+        x, weight = rounded(x, weight)
     used = weight if index is None else weight[:, index[0]]
     want = torch.nn.functional.linear(x.double(), used.double(), bias.double()).relu()
     given = x.mT.contiguous() if columns[0] else x

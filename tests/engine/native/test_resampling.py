@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gatedprune.engine import native
 
-from .cases import FUZZ, ops
+from .cases import FUZZ, on_threads, ops
 
 if not native.load():
     pytest.skip(f"no native engine here: {native.build_error()}", allow_module_level=True)
@@ -46,13 +46,9 @@ def test_upsample_bilinear(seed: int, size: tuple, to: tuple, factors: tuple, co
         to = tuple(max(1, int(n * f)) for n, f in zip(size, factors, strict=True))
     scales = factors if by_factors else (None, None)
     want = torch.ops.aten.upsample_bilinear2d(x, to, corners, *scales)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         found = ops.upsample_bilinear2d(x.transpose(2, 3).contiguous().transpose(2, 3), to, corners,
                                         factors if by_factors else None)  # fmt: skip
-    finally:
-        torch.set_num_threads(before)
     # Where a pixel lies is rounded, to 4e-6 at 64, and values lie several units apart.
     torch.testing.assert_close(found, want, rtol=1e-6, atol=5e-5)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 
 from gatedprune.engine import native
 
-from .cases import CLOSE, FUZZ, check_convolution, convolutions, ops, subsets
+from .cases import CLOSE, FUZZ, check_convolution, convolutions, on_threads, ops, subsets
 
 if not native.load():
     pytest.skip(f"no native engine here: {native.build_error()}", allow_module_level=True)
@@ -36,13 +36,9 @@ def test_winograd_on_more_threads_than_panels(threads: int, channels: tuple[int,
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(1, channels[0], 14, 20, generator=g), torch.randn(*channels[::-1], 3, 3, generator=g) / 30
     want = F.conv2d(x.double(), weight.double(), padding=1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         rest = ([1, 1], [1, 1], [1, 1], 1, True, "", False, True)
         found = ops.conv2d(x, weight, *[None] * 5, *rest)[0]
-    finally:
-        torch.set_num_threads(before)
     torch.testing.assert_close(found.double(), want, **CLOSE)
 
 
@@ -56,12 +52,8 @@ def test_7x7_reads_only_what_is_active(channels: int, rows: int, size: tuple[int
     weight = torch.randn(rows, channels, 7, 7, generator=g) / (49 * channels) ** 0.5
     held[index[1][0][:, None], index[0][0]] = weight
     want = F.conv2d(x.double(), weight.double(), stride=2, padding=3)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         rest = ([2, 2], [3, 3], [1, 1], 1, True, "", True, True)
         found, mean = ops.conv2d(x, held, None, *index, None, None, *rest)
-    finally:
-        torch.set_num_threads(before)
     torch.testing.assert_close(found.double(), want, **CLOSE)
     torch.testing.assert_close(mean.double(), want.abs().mean((2, 3)), **CLOSE)
