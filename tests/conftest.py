@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Shared machines stall now and then; a deadline would turn that into a failure that says nothing about the
-# code.
-settings.register_profile("gatedprune", deadline=None, print_blob=True)
+# Shared machines stall now and then, and emulated ones are slow: a deadline, or a check of how long examples take to
+# draw, would turn that into a failure that says nothing about the code.
+settings.register_profile("gatedprune", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gatedprune")
 
 

@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -108,11 +109,14 @@ def _load() -> None:
 
 def _build(cpp_extension: Any, name: str, sources: list[Path], flags: list[str], directory: Path,
            heard: io.StringIO) -> None:  # fmt: skip
-    compiler = cpp_extension.get_cxx_compiler()
-    if shutil.which(compiler) is None:
-        raise RuntimeError(f"there is no C++ compiler ({compiler}). Install g++ or clang++, or set CXX.")
+    missing = [word for word in _compiler() if shutil.which(word) is None and not word.startswith("-")]
+    if missing:
+        raise RuntimeError(f"there is no C++ compiler ({missing[0]}). Install g++ or clang++, or set CXX.")
     cpp_extension.verify_ninja_availability()
-    logging.getLogger("gatedprune").warning("Building the native engine in %s: once, about half a minute.", directory)
+    say = logging.getLogger("gatedprune").warning
+    say("Building the native engine in %s: once, about half a minute.", directory)
+    if "-fopenmp" not in flags and torch.backends.openmp.is_available():
+        say("It will run on one thread: torch's OpenMP runtime cannot be built for here (on Linux, g++ can).")
     try:
         cpp_extension.load(name, [str(s) for s in sources], extra_cflags=flags, extra_ldflags=_link_flags(flags),
                            is_python_module=False)  # fmt: skip
@@ -121,11 +125,26 @@ def _build(cpp_extension: Any, name: str, sources: list[Path], flags: list[str],
 
 
 def _threads() -> tuple[list[str], list[str]]:
-    """Flags to compile and to link with the OpenMP runtime that torch itself has loaded: a second would fight it."""
-    if not torch.backends.openmp.is_available() or sys.platform == "darwin":
-        return [], []  # at::parallel_for is then a plain loop
-    own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    """Flags to compile and to link with the OpenMP runtime that torch itself has loaded: a second would fight it.
+
+    On Linux that is GCC's, which clang does not compile for; on macOS it is not where a linker would look. Without
+    flags at::parallel_for is a plain loop.
+    """
+    if not torch.backends.openmp.is_available() or sys.platform == "darwin" or _is_clang():
+        return [], []
+    package = Path(torch.__file__).parent
+    own = sorted(f for place in (package / "lib", package.with_name("torch.libs")) for f in place.glob("libgomp*.so*"))
     return ["-fopenmp"], [str(own[0])] if own else ["-fopenmp"]
+
+
+def _compiler() -> list[str]:
+    """What PyTorch builds extensions with, and perhaps a launcher such as ccache before it."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def _is_clang() -> bool:
+    """Whether the compiler that builds extensions is clang, under whatever name: `c++` may be a link to it."""
+    return any(Path(shutil.which(word) or word).resolve().name.startswith("clang") for word in _compiler())
 
 
 def _link_flags(flags: list[str]) -> list[str]:

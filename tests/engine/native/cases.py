@@ -16,7 +16,7 @@ from gatedprune.functional import indexed_conv2d, subsample
 
 ops = torch.ops.gatedprune
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
-FUZZ = settings(max_examples=60, deadline=None)
+FUZZ = settings(max_examples=60)
 
 
 def subsets(samples: int, channels: int, count: int, generator: torch.Generator) -> Tensor:
