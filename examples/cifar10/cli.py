@@ -47,6 +47,12 @@ NETWORKS = f"{__package__}.network"
               "the static channels, are chosen first.")  # fmt: skip
 @click.option("--calibration", type=click.Choice(CALIBRATIONS), default="static", help="How gates start, as in "
               "`gatedprune finetune`.")  # fmt: skip
+@click.option("--gate-lr", type=click.FloatRange(0), default=1.0, help="Learning rate of gates' predictors, as in "
+              "`gatedprune finetune`.")  # fmt: skip
+@click.option("--include", multiple=True, metavar="PATTERN", help="Prune only these sites, such as "
+              "'layer4*'; may be given several times.")  # fmt: skip
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Never prune these.")
+@click.option("--signed", is_flag=True, help="Gates see means, not means of absolute values.")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="Mixed precision; default: as `accelerate launch` "
               "says.")  # fmt: skip
 @click.option("--channels-last/--channels-first", default=torch.accelerator.is_available(), help="Memory layout; "
@@ -58,7 +64,8 @@ NETWORKS = f"{__package__}.network"
 @click.option("--time/--no-time", "timing", default=True, help="Also measure milliseconds.")
 def main(data: str, output: Path, model: str, weights: str | None, pixels: int, seeds: tuple[int, ...],
          macs: tuple[float, ...], epochs: int, finetune_epochs: int, lr: float, finetune_lr: float, batch_size: int,
-         distill: float, rise: float, calibration_images: int, calibration: str, precision: str | None,
+         distill: float, rise: float, calibration_images: int, calibration: str, gate_lr: float,
+         include: tuple[str, ...], exclude: tuple[str, ...], signed: bool, precision: str | None,
          channels_last: bool, workers: int, threads: int, repeats: int, train: bool, timing: bool) -> None:  # fmt: skip
     """Train a network dense, then prune it statically and dynamically, all alike, and compare.
 
@@ -77,7 +84,8 @@ def main(data: str, output: Path, model: str, weights: str | None, pixels: int, 
     network = f"{NETWORKS}:{model}" if model in ("small", "large") else model
     dense = {"model": network, "weights": weights, "epochs": epochs, "lr": lr}
     pruned = {"epochs": finetune_epochs, "lr": finetune_lr, "distill": distill, "rise": rise,
-              "calibrate": calibration_images, "calibration": calibration}  # fmt: skip
+              "calibrate": calibration_images, "calibration": calibration, "gate_lr": gate_lr, "include": include,
+              "exclude": exclude, "signed": signed}  # fmt: skip
     trials = Trials(output, recipe, dense, pruned, macs, seeds=seeds)
     try:
         if train:

@@ -22,6 +22,8 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 # What may differ between a training and its resumption: nothing that its numbers depend on.
 FREE = ("output", "workers", "save_every", "download")
+# And these, where there are no gates.
+OF_GATES = ("straight_through", "calibration", "gate_lr", "schedule", "rise", "levels", "penalty")
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ class FinetuneConfig:
     def differences(self, other: FinetuneConfig) -> list[str]:
         """The options, in words, in which ``other`` would train differently."""
         mine, theirs = self.to_dict(), other.to_dict()
-        return [f"{n}: {mine[n]}, now {theirs[n]}" for n in mine if n not in FREE and mine[n] != theirs[n]]
+        free = FREE if "dynamic" in (self.mode, other.mode) else FREE + OF_GATES
+        return [f"{n}: {mine[n]}, now {theirs[n]}" for n in mine if n not in free and mine[n] != theirs[n]]
 
 
 _RANGES = (

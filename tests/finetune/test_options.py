@@ -56,3 +56,13 @@ def test_what_may_change_when_a_training_goes_on() -> None:
     assert one.differences(dataclasses.replace(one, **free)) == []
     found = one.differences(dataclasses.replace(one, lr=0.5, epochs=3))
     assert found == ["epochs: 10, now 3", "lr: 0.01, now 0.5"]
+
+
+@pytest.mark.parametrize(("mode", "other", "different"), [
+    ("static", "static", []), ("dense", "dense", []),
+    ("dynamic", "dynamic", ["gate_lr: 1.0, now 3.0", "rise: 0.5, now 0.0"]),
+    ("static", "dynamic", ["mode: static, now dynamic", "gate_lr: 1.0, now 3.0", "rise: 0.5, now 0.0"]),
+])  # fmt: skip
+def test_options_of_gates_make_no_difference_without_gates(mode: str, other: str, different: list[str]) -> None:
+    given = {"ratio": 0.5} if mode != "dense" else {}
+    assert config(mode=mode, **given).differences(config(mode=other, gate_lr=3.0, rise=0.0, **given)) == different
