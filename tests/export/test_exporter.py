@@ -204,7 +204,12 @@ def test_onnx_runtime_gives_the_same_numbers(case: str, batch: int | None, tmp_p
     gatedprune.export(gated, tmp_path / "m.onnx", batch=batch, check=False)
     assert os.listdir(tmp_path) == ["m.onnx"]
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
-    assert session.get_inputs()[0].shape == [batch or "batch", 3, SIZE, SIZE]
+    samples, *rest = session.get_inputs()[0].shape
+    assert rest == [3, SIZE, SIZE]
+    if batch is None and torch.__version__.startswith("2.6."):
+        assert isinstance(samples, str)  # free, but torch 2.6 gives it a name of its own
+    else:
+        assert samples == (batch or "batch")
     assert [value.name for value in session.get_outputs()] == ["output"]
 
     def run(x: Tensor) -> list[Tensor]:

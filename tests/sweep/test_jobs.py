@@ -91,6 +91,7 @@ def test_each_check_of_a_family_has_an_outcome(monkeypatch: pytest.MonkeyPatch) 
     assert row["checks"]["gradients"]["note"] == "wrong by 3"
 
 
+@every_model_on_meta
 def test_a_model_that_does_not_fit_is_checked_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
