@@ -1,4 +1,4 @@
-"""Layers of a lowered graph take in what follows them: residual addition, activation, and the next gate's subsample.
+"""Layers of a lowered graph take in what follows: layer scale, residual addition, activation, the next gate's sums.
 
 Each of these would read and write a whole feature map for a few operations per value.
 """
@@ -9,7 +9,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..sites import operators
 from . import narrow, selection
@@ -22,6 +22,7 @@ _aten = torch.ops.aten
 _FRESH = (narrow.NarrowConv2d, selection.Selector, narrow.MaxPool2d, narrow.UpsampleBilinear2d)
 # They compute the mean of |y| over the pixels beside y.
 _WITH_MEANS = (narrow.NarrowConv2d, narrow.NarrowAffine)
+_VIEWS = frozenset(["reshape", "view", "unsqueeze", "squeeze"])
 _POINTWISE = frozenset(["gelu", "relu", "silu", "hardswish", "hardtanh", "relu6", "leaky_relu", "elu", "mish"]
                        + ["sigmoid", "tanh", "softplus", "hardsigmoid", "square", "dropout", "quick_gelu"])  # fmt: skip
 
@@ -39,6 +40,8 @@ def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple]) -> None
             graph.erase_node(node)
     for node in list(graph.nodes):
         layer = _module(root, node)
+        if isinstance(layer, narrow.NarrowLinear):
+            _scale(root, graph, node, shapes)
         if isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowLinear)):
             node = _residual(root, graph, node, shapes)
         if isinstance(layer, (narrow.NarrowConv2d, narrow.NarrowLinear, narrow.NarrowAffine)):
@@ -80,16 +83,69 @@ def _activation_name(node: fx.Node) -> str | None:
     return name if name in narrow.ACTIVATIONS and len(node.args) == 1 else None
 
 
+def _turned(node: fx.Node) -> fx.Node | None:
+    """The permutation through which alone the value is read."""
+    user = _only_user(node)
+    return user if user is not None and user.target is _aten.permute.default else None
+
+
+def _other(user: fx.Node | None, name: str, value: fx.Node) -> fx.Node | None:
+    """What else the operator of that name reads beside the value."""
+    if user is None or operators.op_name(user.target) != name or user.kwargs or len(user.args) != 2:
+        return None
+    others = [a for a in user.args if a is not value]
+    return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) else None
+
+
+def _scale(root: nn.Module, graph: fx.Graph, node: fx.Node, shapes: dict[fx.Node, tuple]) -> None:
+    """layer(x) · γ, a constant for each channel: the layer multiplies by it. Channels may have moved in between."""
+    layer: Any = _module(root, node)
+    value = _turned(node) or node
+    mul = _only_user(value)
+    other = _other(mul, "mul", value)
+    if mul is None or other is None or value not in shapes or not layer.native or node.args[2:4] != (None, None):
+        return
+    factors, dims, count = _constant(root, other), len(shapes[value][0]), len(layer.weight)
+    order: Any = range(dims) if value is node else value.args[1]
+    place = [d % dims for d in order].index(dims - 1) - dims  # of the channels, from the end
+    if factors is None or not -place <= factors.dim() <= dims or not factors.numel() == factors.shape[place] == count:
+        return
+    layer.scale = factors.reshape(1, count)
+    mul.replace_all_uses_with(value)
+    graph.erase_node(mul)
+    while not other.users:  # its views, and the constant itself
+        above = other.all_input_nodes
+        graph.erase_node(other)
+        if not above:
+            delattr(root, str(other.target))
+            break
+        other = above[0]
+
+
+def _constant(root: nn.Module, node: fx.Node) -> Tensor | None:
+    """What a constant of the graph, or a view of one, holds."""
+    if node.op == "get_attr":
+        held = getattr(root, str(node.target))
+        return held if isinstance(held, Tensor) else None
+    if operators.op_name(node.target) not in _VIEWS or len(node.all_input_nodes) != 1 or node.kwargs:
+        return None
+    base = _constant(root, node.all_input_nodes[0])
+    target: Any = node.target
+    return None if base is None or node.args[0] is not node.all_input_nodes[0] else target(base, *node.args[1:])
+
+
 def _residual(root: nn.Module, graph: fx.Graph, node: fx.Node, shapes: dict[fx.Node, tuple]) -> fx.Node:
-    """layer(x) + other → layer(x, residual=other), where the sum stands; returns the layer's node."""
-    add = _only_user(node)
-    if add is None or operators.op_name(add.target) != "add" or add.kwargs or len(add.args) != 2:
+    """layer(x) + other → layer(x, residual=other), where the sum stands; returns the layer's node.
+
+    The layer's result may have been turned in between: then the other is turned back for the layer, and the sum forth.
+    """
+    turned = _turned(node) if isinstance(_module(root, node), narrow.NarrowLinear) else None
+    value = turned or node
+    add = _only_user(value)
+    other = _other(add, "add", value)
+    if add is None or other is None or add.args[0] is not value and _mutates(root, add):
         return node
-    others = [a for a in add.args if a is not node]
-    if len(others) != 1 or not isinstance(others[0], fx.Node) or add.args[0] is not node and _mutates(root, add):
-        return node
-    other = others[0]
-    if node not in shapes or shapes.get(other) != shapes[node]:
+    if value not in shapes or shapes.get(other) != shapes[value]:
         return node
     # The layer moves down to the sum: nothing on the way may overwrite what it reads.
     between = node.next
@@ -98,11 +154,17 @@ def _residual(root: nn.Module, graph: fx.Graph, node: fx.Node, shapes: dict[fx.N
             return node
         between = between.next
     with graph.inserting_before(add):
-        new = graph.create_node("call_module", node.target, (*node.args, *[None] * (4 - len(node.args)), other), {})
-    add.replace_all_uses_with(new)
-    graph.erase_node(add)
-    graph.erase_node(node)
-    shapes[new] = shapes[other]
+        first = other
+        if turned is not None:
+            order: Any = turned.args[1]
+            first = graph.call_function(_aten.permute.default, (other, [order.index(d) for d in range(len(order))]))
+        new = graph.create_node("call_module", node.target, (*node.args, *[None] * (4 - len(node.args)), first), {})
+        total = new if turned is None else graph.call_function(_aten.permute.default, (new, turned.args[1]))
+    add.replace_all_uses_with(total)
+    for gone in (add, turned, node):
+        if gone is not None:
+            graph.erase_node(gone)
+    shapes[total] = shapes[other]
     layer = _module(root, new)
     if isinstance(layer, narrow.NarrowConv2d):
         layer.inplace = _done_with(root, other, new)

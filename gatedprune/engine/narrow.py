@@ -129,25 +129,29 @@ class NarrowLinear(nn.Module):
     """A linear layer over active sets; x is (B, …, n_in), the rest as in `NarrowConv2d`.
 
     Attributes:
+        scale: (1, n_out) or None: a layer scale, multiplied on the output where all of it is there and has no gain.
         x_columns, y_columns: Between two such layers: x is (B, n_in, …), the result (B, n_out, …), as the native
             kernels compute it.
     """
 
     weight: Tensor
     bias: Tensor | None
+    scale: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, native: bool = False) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+        self.register_buffer("scale", None)
         self.native, self.activation = native, ""
         self.x_columns = self.y_columns = False
 
     def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
                 gain: Tensor | None = None, residual: Tensor | None = None) -> Tensor:  # fmt: skip
         if self.native and fits(x) and self.weight.dtype in (torch.float32, torch.bfloat16):
+            factors = gain if self.scale is None else self.scale.expand(x.shape[0], -1)
             y: Tensor = torch.ops.gatedprune.linear(
-                x, self.weight, self.bias, in_index, out_index, gain, residual, self.activation,
+                x, self.weight, self.bias, in_index, out_index, factors, residual, self.activation,
                 self.x_columns, self.y_columns,
             )  # fmt: skip
             return y
@@ -156,7 +160,8 @@ class NarrowLinear(nn.Module):
             return F.linear(one, *gather_rows(self.weight.to(x.dtype), self.bias, in_index, out_index, gain, b))
 
         x = x.movedim(1, -1) if self.x_columns else x
-        y = _follow(_per_sample(x, _samples(in_index, out_index), run), residual, self.activation)
+        y = _per_sample(x, _samples(in_index, out_index), run)
+        y = _follow(y if self.scale is None else y * self.scale, residual, self.activation)
         return y.movedim(-1, 1) if self.y_columns else y
 
     def extra_repr(self) -> str:

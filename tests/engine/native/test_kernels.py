@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
@@ -224,6 +225,23 @@ def test_small_sums_survive_a_large_bias(activation: str, winograd: bool) -> Non
     rest = ([1, 1], [1, 1], [1, 1], 1, True, activation, False, winograd)
     found = ops.conv2d(x, weight, bias, None, None, None, None, *rest)[0]
     assert (found.double() - want).abs().max() < 2 * 10 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 1), (1, 14, 1), (1, 7, 3), (4, 1, 1), (8, 1, 1), (40, 1, 1)])
+def test_long_sums_are_sums_of_sums(shape: tuple[int, int, int]) -> None:
+    """The error of one sum of n products after the other grows with √n: here with the root of a block's 256."""
+    samples, side, kernel = shape
+    x, weight = torch.randn(samples, 2048, side, side), torch.randn(64, 2048, kernel, kernel)
+    if side > 1:
+        places = [1, 1], [kernel // 2] * 2, [1, 1]
+        found, _ = ops.conv2d(x, weight, None, None, None, None, None, *places, 1, False, "", False)
+    else:
+        found = ops.linear(x[..., 0, 0], weight[..., 0, 0], None, None, None, None, None, "")
+    exact = F.conv2d(x.double(), weight.double(), padding=kernel // 2).view_as(found)
+    # An addition errs by at most 2⁻²⁴ of its sum, evenly; of n sums, which grow like √i, that leaves √(n/6) · 2⁻²⁴.
+    blocks = 2048 * kernel**2 / 256
+    error = (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 2**-24 * math.sqrt((256 + blocks) / 6)
 
 
 @pytest.mark.parametrize("activation", ["", "relu", "relu6"])

@@ -273,7 +273,8 @@ GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)
 }
 
 // acc[r][v] (+)= sum over k of weight[r][column k] * panel[k][v]. FINISH: these are the last k, and what follows the sums
-// is done while they are in registers; for activations that are bounds.
+// is done while they are in registers; for activations that are bounds. It adds up sums of K_BLOCK products: of a single
+// long one the rounding errors would grow with its length.
 //
 // Weights come from memory, in runs too short for the hardware to foresee: meanwhile the rows `ahead` are fetched, which
 // the next tile will read at `ahead_columns`, and what the goal names: nothing of it waits for the others.
@@ -282,30 +283,35 @@ GP_TARGET static void tile(const float* const* rows, const int32_t* columns, int
                            bool first, const float* const* ahead, const int32_t* ahead_columns, const Goal& goal) {
   V a[R][NV];
   const float* w[R];
-  GP_UNROLL for (int r = 0; r < R; r++) {
-    w[r] = rows[r];
-    GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = first ? V{} : *(const V*)(acc + (r * NV + v) * L);
-  }
-  int64_t k = 0;
+  GP_UNROLL for (int r = 0; r < R; r++) w[r] = rows[r];
   const char *soon = goal.fetch.at, *later = goal.later;
-  for (; k + 4 <= n; k += 4, panel += 4 * NV * L) {
-    if (k < goal.fetch.columns) {
-      for (int i = 0; i < goal.fetch.lines; i++) __builtin_prefetch(soon + 64 * i, 0, 2);
-      soon += goal.fetch.step;
+  int64_t k = 0;
+  do {
+    GP_UNROLL for (int r = 0; r < R; r++)
+      GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = V{};
+    const int64_t end = std::min(n, k + K_BLOCK);
+    for (; k + 4 <= end; k += 4, panel += 4 * NV * L) {
+      if (k < goal.fetch.columns) {
+        for (int i = 0; i < goal.fetch.lines; i++) __builtin_prefetch(soon + 64 * i, 0, 2);
+        soon += goal.fetch.step;
+      }
+      if (later) __builtin_prefetch(later + k * 16, 0, 2);
+      if (ahead) {
+        const int64_t next = ahead_columns[k];
+        GP_UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + next);
+      }
+      GP_UNROLL for (int i = 0; i < 4; i++) step<R, NV>(w, columns[k + i], panel + i * NV * L, a);
     }
-    if (later) __builtin_prefetch(later + k * 16, 0, 2);
-    if (ahead) {
-      const int64_t next = ahead_columns[k];
-      GP_UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + next);
-    }
-    GP_UNROLL for (int i = 0; i < 4; i++) step<R, NV>(w, columns[k + i], panel + i * NV * L, a);
-  }
-  for (; k < n; k++, panel += NV * L) step<R, NV>(w, columns[k], panel, a);
-  if (!FINISH) {
+    for (; k < end; k++, panel += NV * L) step<R, NV>(w, columns[k], panel, a);
+    if (!first)
+      GP_UNROLL for (int r = 0; r < R; r++)
+        GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] += *(const V*)(acc + (r * NV + v) * L);
+    if (FINISH && k == n) break;
     GP_UNROLL for (int r = 0; r < R; r++)
       GP_UNROLL for (int v = 0; v < NV; v++) *(V*)(acc + (r * NV + v) * L) = a[r][v];
-    return;
-  }
+    first = false;
+  } while (k < n);
+  if (!FINISH) return;
   // One decision for all of the tile, and nothing of the layer read again after a store, which might have changed it.
   const Layer l = *goal.layer;
   const int64_t n0 = goal.n0, live = std::min<int64_t>(L, l.pixels - n0 - (NV - 1) * L);  // of the last vector
@@ -532,14 +538,19 @@ GP_INLINE void finish_tokens(const Layer& l, float* acc, int64_t r0, int64_t r1,
     const V bias = splat(l.bias ? l.bias[row_number(l, r)] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
     float* a = acc + (r - r0) * width;
     for (int v = 0; v < nv; v++) {
-      V y = (*(const V*)(a + v * L) + bias) * gain;
-      if (l.residual)
-        for (int64_t i = 0; i < std::min<int64_t>(L, columns - v * L); i++)
-          y[i] += l.residual[(n0 + v * L + i) * l.ldy + r];
-      *(V*)(a + v * L) = activate(y, l.activation);
+      const V y = (*(const V*)(a + v * L) + bias) * gain;
+      *(V*)(a + v * L) = l.residual ? y : activate(y, l.activation);
     }
   }
   transpose(acc, r1 - r0, columns, width, l.y + n0 * l.ldy + r0, l.ldy);
+  if (!l.residual) return;
+  for (int64_t n = n0; n < n0 + columns; n++) {  // a token's channels lie side by side, too
+    const float* residual = l.residual + n * l.ldy;
+    float* y = l.y + n * l.ldy;
+    int64_t r = r0;
+    for (; r + L <= r1; r += L) store(y + r, activate(load(y + r) + load(residual + r), l.activation));
+    if (r < r1) store_part(y + r, activate(load_part(y + r, r1 - r) + load_part(residual + r, r1 - r), l.activation), r1 - r);
+  }
 }
 
 #include "last.inl"
