@@ -149,7 +149,7 @@ class NarrowLinear(nn.Module):
     def forward(self, x: Tensor, in_index: Tensor | None = None, out_index: Tensor | None = None,
                 gain: Tensor | None = None, residual: Tensor | None = None) -> Tensor:  # fmt: skip
         if self.native and fits(x) and self.weight.dtype in (torch.float32, torch.bfloat16):
-            factors = gain if self.scale is None else self.scale.expand(x.shape[0], -1)
+            factors = gain if self.scale is None else self.scale.expand(_samples(in_index, out_index), -1)
             y: Tensor = torch.ops.gatedprune.linear(
                 x, self.weight, self.bias, in_index, out_index, factors, residual, self.activation,
                 self.x_columns, self.y_columns,

@@ -21,6 +21,16 @@
 #define GP_UNROLL _Pragma("GCC unroll 16")
 #endif
 #define GP_INLINE GP_TARGET static inline __attribute__((always_inline))
+// function<nv>(…) of so many vectors.
+#if GP_MAX_NV > 2
+#define GP_OF_WIDTH(nv, function, ...)              \
+  ((nv) == 1   ? function<1>(__VA_ARGS__)           \
+   : (nv) == 2 ? function<2>(__VA_ARGS__)           \
+   : (nv) == 3 ? function<3>(__VA_ARGS__)           \
+               : function<4>(__VA_ARGS__))
+#else
+#define GP_OF_WIDTH(nv, function, ...) ((nv) == 1 ? function<1>(__VA_ARGS__) : function<2>(__VA_ARGS__))
+#endif
 
 namespace gatedprune {
 namespace GP_NS {
@@ -374,6 +384,7 @@ struct Tiles<FINISH, NV, 0> {
 };
 
 constexpr int TILE_ROWS[5] = {0, GP_TILE_1, GP_TILE_2, GP_TILE_3, GP_TILE_4};
+constexpr int64_t TILE_VECTORS = std::max({TILE_ROWS[1], 2 * TILE_ROWS[2], 3 * TILE_ROWS[3], 4 * TILE_ROWS[4]});
 constexpr int64_t STEP = 24;  // a multiple of each
 static_assert(STEP % GP_TILE_1 == 0 && STEP % GP_TILE_2 == 0, "tiles of all heights end together");
 #if GP_MAX_NV > 2
@@ -458,14 +469,7 @@ GP_INLINE void pack(const Layer& l, const Gather& g, int64_t n0, int nv, int64_t
         *(V*)(to + v * L) = columns > v * L ? load_part(from + v * L, columns - v * L) : V{};
     }
   } else if (l.source == Source::padded) {
-    switch (nv) {
-      case 1: return pack_padded<1>(l, g, k0, k1, to);
-      case 2: return pack_padded<2>(l, g, k0, k1, to);
-#if GP_MAX_NV > 2
-      case 3: return pack_padded<3>(l, g, k0, k1, to);
-      default: return pack_padded<4>(l, g, k0, k1, to);
-#endif
-    }
+    GP_OF_WIDTH(nv, pack_padded, l, g, k0, k1, to);
   } else {
     transpose(l.x + n0 * l.plane + k0, columns, k1 - k0, l.plane, to, width);
     for (int64_t k = 0; k < k1 - k0; k++)

@@ -99,8 +99,7 @@ struct PhasesPlan {
       : pitch(whole_vectors(PARTS * PARTS * channels)),
         weights(rows * pitch + APART),
         panel(GP_MAX_NV * L * PARTS * PARTS * channels + APART),
-        products(MOST_PRODUCTS * L + APART) {}
-  static constexpr int64_t MOST_PRODUCTS = 24;  // vectors of a tile
+        products(TILE_VECTORS * L + APART) {}
 };
 
 static int64_t phases_scratch(int64_t channels, int64_t rows) {
@@ -129,14 +128,7 @@ GP_TARGET static void phases(const Winograd& c, int64_t h0, int64_t h1, int64_t 
     Places places[GP_MAX_NV];
     plan(l, n0, nv, gather);
     for (int v = 0; v < nv; v++) plan_out(c, n0 + v * L, end, places[v]);
-    switch (nv) {
-      case 1: transform_tiles<1>(l, gather, packed, how.panel); break;
-      case 2: transform_tiles<2>(l, gather, packed, how.panel); break;
-#if GP_MAX_NV > 2
-      case 3: transform_tiles<3>(l, gather, packed, how.panel); break;
-      default: transform_tiles<4>(l, gather, packed, how.panel);
-#endif
-    }
+    GP_OF_WIDTH(nv, transform_tiles, l, gather, packed, how.panel);
     for (int64_t r = 0; r < rows; r += tall) {
       const int height = int(std::min<int64_t>(tall, rows - r));
       for (int i = 0; i < 4; i++)

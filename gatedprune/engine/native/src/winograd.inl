@@ -342,14 +342,7 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
       if (rest.count && n0 == begin) pack_tiles(l, rest, k0, k1, packed);
       for (int64_t q = 0; q < g.count; q++) {
         float* to = packed + q * panel;
-        switch (g.vectors(q)) {
-          case 1: transform_in<1>(l, gather[q], k0, k1, to, position); break;
-          case 2: transform_in<2>(l, gather[q], k0, k1, to, position); break;
-#if GP_MAX_NV > 2
-          case 3: transform_in<3>(l, gather[q], k0, k1, to, position); break;
-          default: transform_in<4>(l, gather[q], k0, k1, to, position);
-#endif
-        }
+        GP_OF_WIDTH(g.vectors(q), transform_in, l, gather[q], k0, k1, to, position);
       }
       for (int64_t s0 = r0; s0 < r1; s0 += STEP) {
         const int64_t s1 = std::min(s0 + STEP, r1);
