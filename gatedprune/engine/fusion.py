@@ -15,7 +15,7 @@ from ..sites import operators
 from . import narrow, selection
 from .operands import argument
 
-__all__ = ["fuse"]
+__all__ = ["fuse", "is_view"]
 
 _aten = torch.ops.aten
 # Their results are memory of their own.
@@ -113,13 +113,6 @@ def _scale(root: nn.Module, graph: fx.Graph, node: fx.Node, shapes: dict[fx.Node
     layer.scale = factors.reshape(1, count)
     mul.replace_all_uses_with(value)
     graph.erase_node(mul)
-    while not other.users:  # its views, and the constant itself
-        above = other.all_input_nodes
-        graph.erase_node(other)
-        if not above:
-            delattr(root, str(other.target))
-            break
-        other = above[0]
 
 
 def _constant(root: nn.Module, node: fx.Node) -> Tensor | None:
@@ -127,11 +120,15 @@ def _constant(root: nn.Module, node: fx.Node) -> Tensor | None:
     if node.op == "get_attr":
         held = getattr(root, str(node.target))
         return held if isinstance(held, Tensor) else None
-    if operators.op_name(node.target) not in _VIEWS or len(node.all_input_nodes) != 1 or node.kwargs:
+    if not is_view(node) or node.all_input_nodes != [node.args[0]] or node.kwargs:
         return None
-    base = _constant(root, node.all_input_nodes[0])
-    target: Any = node.target
-    return None if base is None or node.args[0] is not node.all_input_nodes[0] else target(base, *node.args[1:])
+    base, target = _constant(root, node.all_input_nodes[0]), node.target
+    return None if base is None else target(base, *node.args[1:])  # type: ignore[operator]
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the value is another one in another shape, and nothing else."""
+    return node.op == "call_function" and operators.op_name(node.target) in _VIEWS
 
 
 def _residual(root: nn.Module, graph: fx.Graph, node: fx.Node, shapes: dict[fx.Node, tuple]) -> fx.Node:

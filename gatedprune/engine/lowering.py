@@ -18,7 +18,7 @@ from ..gates import Gate
 from ..sites import Analysis, SiteNodes, norm_options, operators
 from . import narrow, narrow_norms, selection, winograd
 from .constants import Constants
-from .fusion import fuse
+from .fusion import fuse, is_view
 from .handlers import RESAMPLING, handler_of, resampling
 from .layout import Layout, Layouts
 from .rows import rows_apart
@@ -44,6 +44,7 @@ def lower(
     lowering.run()
     if fused:
         fuse(lowering.root, lowering.graph, lowering.shapes())
+    lowering.prune()
     return fx.GraphModule(lowering.root, lowering.graph)
 
 
@@ -87,8 +88,11 @@ class Lowering:
                         self._select(name, found)
                 self.env[node] = self._lower(node)
             self.state.setdefault(node, None)
+
+    def prune(self) -> None:
+        """Take out the constants that no layer reads, and their views."""
         for node in reversed(list(self.graph.nodes)):
-            if node.op == "get_attr" and not node.users:
+            if not node.users and (node.op == "get_attr" or is_view(node)):
                 self.graph.erase_node(node)
         used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
         for name in [n for n, _ in self.root.named_buffers(recurse=False) if n not in used]:

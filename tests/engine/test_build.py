@@ -16,10 +16,6 @@ from gatedprune.engine.native import build
 needs_native = pytest.mark.skipif(not native.load(), reason=f"no native engine here: {native.build_error()}")
 
 
-def _resolved(compiler: str) -> Path:
-    return Path(shutil.which(compiler) or compiler).resolve()
-
-
 @pytest.mark.parametrize("environment", [{"CXX": "no-such-compiler"}, {"GATEDPRUNE_NATIVE": "0"}])
 def test_a_build_that_fails_says_why_once(environment: dict[str, str], tmp_path: Path) -> None:
     code = "from gatedprune.engine import native; print(native.load(), native.build_error())"
@@ -33,7 +29,8 @@ def test_a_build_that_fails_says_why_once(environment: dict[str, str], tmp_path:
 @needs_native
 def test_what_is_built_is_loaded_without_a_compiler() -> None:
     """Also by another installation, whose sources lie elsewhere: ninja would build it anew."""
-    missing = Path("no-such-folder", _resolved(os.environ.get("CXX", "c++")).name)
+    compiler = build._compiler()[-1]
+    missing = Path("no-such-folder", Path(shutil.which(compiler) or compiler).resolve().name)
     code = "from gatedprune.engine import native; assert native.load(), native.build_error()"
     environment = dict(os.environ, CXX=str(missing))
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -109,9 +109,9 @@ def _load() -> None:
 
 def _build(cpp_extension: Any, name: str, sources: list[Path], flags: list[str], directory: Path,
            heard: io.StringIO) -> None:  # fmt: skip
-    missing = [word for word in _compiler() if shutil.which(word) is None and not word.startswith("-")]
-    if missing:
-        raise RuntimeError(f"there is no C++ compiler ({missing[0]}). Install g++ or clang++, or set CXX.")
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(next(iter(_compiler()), "")) is None:
+        raise RuntimeError(f"there is no C++ compiler ({compiler}). Install g++ or clang++, or set CXX.")
     cpp_extension.verify_ninja_availability()
     say = logging.getLogger("gatedprune").warning
     say("Building the native engine in %s: once, about half a minute.", directory)
