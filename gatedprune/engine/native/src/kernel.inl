@@ -37,8 +37,10 @@ namespace GP_NS {
 
 constexpr int L = GP_LANES;
 constexpr int64_t K_BLOCK = 256;
-// A group of panels shares each weight while it is in the cache, and reads and writes longer runs of pixels.
-constexpr int64_t LEAST_GROUP = 4, MAX_GROUP = 16;
+// A group of panels shares each weight while it is in the cache, and reads and writes longer runs of pixels: how many panels,
+// as so many pixels at most.
+constexpr int64_t PANEL = GP_MAX_NV * L;
+constexpr int64_t LEAST_GROUP = 256 / PANEL, MIDDLE_GROUP = 384 / PANEL, MAX_GROUP = std::max<int64_t>(16, 512 / PANEL);
 
 typedef float V __attribute__((vector_size(GP_LANES * 4)));
 typedef float VU __attribute__((vector_size(GP_LANES * 4), aligned(4), may_alias));
@@ -271,6 +273,14 @@ struct PixelsAhead {
   }
 };
 
+// Of 16 registers none is left for what is loaded before its turn: it would put a sum on the stack, and each product would
+// then wait for that to be written and read again.
+#if GP_MAX_NV > 2
+#define GP_IN_ORDER()
+#else
+#define GP_IN_ORDER() __asm__ volatile("" ::: "memory")
+#endif
+
 // a[r][v] += w[r][q] * x[v].
 template <int R, int NV>
 GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)[NV]) {
@@ -279,6 +289,7 @@ GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)
   GP_UNROLL for (int r = 0; r < R; r++) {
     const V s = weight(w[r] + q);
     GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = multiply_add(a[r][v], x[v], s);
+    GP_IN_ORDER();
   }
 }
 
@@ -573,12 +584,12 @@ GP_INLINE PixelsAhead next_pixels(const Layer& l, int64_t k0, int64_t rows, int6
 // More where weights do not stay in the second-level cache, and where so little is computed that reading and writing
 // pixels is what takes time.
 static int64_t group_size(int64_t depth, int64_t rows, int64_t weight_bytes) {
-  return depth <= 64 && rows <= 512 ? MAX_GROUP : weight_bytes > (512 << 10) ? 6 : LEAST_GROUP;
+  return depth <= 64 && rows <= 512 ? MAX_GROUP : weight_bytes > (512 << 10) ? MIDDLE_GROUP : LEAST_GROUP;
 }
 
 static int64_t scratch(int64_t depth, int64_t row_length, int64_t rows, int64_t weight_bytes) {
-  const int64_t width = GP_MAX_NV * L, group = group_size(depth, rows, weight_bytes);
-  return group * width * (K_BLOCK + rows + 16) + rows * L + last_scratch(row_length, rows);
+  const int64_t group = group_size(depth, rows, weight_bytes);
+  return group * PANEL * (K_BLOCK + rows + 16) + rows * L + last_scratch(row_length, rows);
 }
 
 GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* memory, float* sums) {

@@ -2,7 +2,8 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define GP_NS avx2
 #define GP_TARGET __attribute__((target("avx2,fma")))
-#define GP_LANES 8
+#include "avx2.inl"
+
 #define GP_MAX_NV 2
 #define GP_TILE_1 8
 #define GP_TILE_2 6
