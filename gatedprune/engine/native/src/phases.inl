@@ -98,7 +98,7 @@ struct PhasesPlan {
   PhasesPlan(int64_t channels, int64_t rows)
       : pitch(whole_vectors(PARTS * PARTS * channels)),
         weights(rows * pitch + APART),
-        panel(GP_MAX_NV * L * PARTS * PARTS * channels + APART),
+        panel(PANEL * PARTS * PARTS * channels + APART),
         products(TILE_VECTORS * L + APART) {}
 };
 

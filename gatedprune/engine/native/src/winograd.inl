@@ -277,7 +277,7 @@ GP_INLINE void finish_tiles(const Winograd& c, const LastTiles& a, int64_t r0, i
 }
 
 // Panels that share each weight, as in kernel.inl; a panel is sixteen times as large here.
-constexpr int64_t W_MAX_GROUP = 2;
+constexpr int64_t W_LEAST_GROUP = std::max<int64_t>(1, 32 / PANEL), W_MAX_GROUP = std::max<int64_t>(2, 64 / PANEL);
 
 // Weights that several groups of panels share are transformed once, if they take no more floats than that.
 constexpr int64_t W_KEPT = 2 << 20;
@@ -290,7 +290,7 @@ struct WinogradPlan {
   int64_t group;                   // panels
   bool keep;
   WinogradPlan(int64_t channels, int64_t rows, int64_t tiles) {
-    group = 64 * rows * channels > (512 << 10) ? W_MAX_GROUP : 1;
+    group = 64 * rows * channels > (512 << 10) ? W_MAX_GROUP : W_LEAST_GROUP;
     pitch = whole_vectors(std::min(channels, W_BLOCK));
     position = STEP * pitch + APART;
     block = 16 * position;
@@ -304,7 +304,7 @@ struct WinogradPlan {
 static int64_t winograd_scratch(int64_t channels, int64_t rows, int64_t tiles) {
   const WinogradPlan how(channels, rows, tiles);
   const int64_t weights = std::max(how.block, std::min(how.all * how.block, W_KEPT));
-  const int64_t panels = W_MAX_GROUP * 16 * (GP_MAX_NV * L * (W_BLOCK + rows) + 2 * APART);
+  const int64_t panels = W_MAX_GROUP * 16 * (PANEL * (W_BLOCK + rows) + 2 * APART);
   return weights + panels + rows * L + last_tiles_scratch(channels, rows);
 }
 
@@ -327,8 +327,8 @@ GP_TARGET static void winograd(const Winograd& c, int64_t h0, int64_t h1, int64_
   float *weights = last + last_tiles_scratch(l.channels, rows), *packed = weights + (how.keep ? how.all : 1) * how.block;
   Gather gather[W_MAX_GROUP];
   Places places[W_MAX_GROUP][GP_MAX_NV];
-  const int64_t widest = GP_MAX_NV * L, position = widest * W_BLOCK + APART, panel = 16 * position;
-  const int64_t acc_position = widest * rows + APART, acc_panel = 16 * acc_position;
+  const int64_t position = PANEL * W_BLOCK + APART, panel = 16 * position;
+  const int64_t acc_position = PANEL * rows + APART, acc_panel = 16 * acc_position;
   float* acc = packed + how.group * panel;
   for (int64_t left = (end - begin + L - 1) / L - (rest.count > 0), n0 = begin; left > 0;) {
     const Panels all = split(left), g = all.first(std::min(how.group, all.count));
