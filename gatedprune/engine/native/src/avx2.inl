@@ -1,4 +1,4 @@
-// Parts of vectors for AVX2; the including file defines GP_NS and GP_TARGET.
+// What the kernels for AVX2 write in its own instructions; the including file defines GP_NS and GP_TARGET.
 #define GP_LANES 8
 #include <immintrin.h>
 
@@ -14,18 +14,18 @@ GP_PARTIAL __m256i first(int64_t n) { return _mm256_loadu_si256((const __m256i*)
 GP_PARTIAL V load_part(const float* p, int64_t n) { return (V)_mm256_maskload_ps(p, first(n)); }
 // By halves: a masked store takes tens of cycles on some processors.
 GP_PARTIAL void store_part(float* p, V v, int64_t n) {
-  __m128 low = _mm256_castps256_ps128((__m256)v);
+  __m128 part = _mm256_castps256_ps128((__m256)v);
   if (n & 4) {
-    _mm_storeu_ps(p, low);
-    low = _mm256_extractf128_ps((__m256)v, 1);
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps((__m256)v, 1);
     p += 4;
   }
   if (n & 2) {
-    _mm_storel_pi((__m64*)p, low);
-    low = _mm_movehl_ps(low, low);
+    _mm_storel_pi((__m64*)p, part);
+    part = _mm_movehl_ps(part, part);
     p += 2;
   }
-  if (n & 1) _mm_store_ss(p, low);
+  if (n & 1) _mm_store_ss(p, part);
 }
 typedef __m256i Lanes;
 GP_PARTIAL Lanes lanes_from(int64_t lane) { return _mm256_xor_si256(first(lane), _mm256_set1_epi32(-1)); }
@@ -49,5 +49,12 @@ GP_PARTIAL void store_span(float* p, V v, Span s) {
   store_part(p + s.from, (V)_mm256_permutevar8x32_ps((__m256)v, from), s.to - s.from);
 }
 GP_PARTIAL V keep_span(V v, Span s) { return (V)_mm256_and_ps((__m256)v, _mm256_castsi256_ps(lanes_of(s))); }
+#define GP_MULTIPLY_ADD
+// In the register of the sum: left to choose, the compiler takes others, runs out of its 16, and puts a sum on the stack, where
+// each product waits for it to be written and read again.
+GP_PARTIAL V multiply_add(V a, V x, V s) {
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(a) : "x"(s), "x"(x));
+  return a;
+}
 }  // namespace GP_NS
 }  // namespace gatedprune

@@ -247,7 +247,9 @@ GP_INLINE void pair_rows(float* panel, int64_t rows, int64_t width) {
 }
 #else
 constexpr int64_t PAIR = 1;
+#ifndef GP_MULTIPLY_ADD
 GP_INLINE V multiply_add(V a, V x, V s) { return a + s * x; }
+#endif
 GP_INLINE V weight(const float* p) { return splat(*p); }
 GP_INLINE void pair_rows(float*, int64_t, int64_t) {}
 #endif
@@ -273,14 +275,6 @@ struct PixelsAhead {
   }
 };
 
-// Of 16 registers none is left for what is loaded before its turn: it would put a sum on the stack, and each product would
-// then wait for that to be written and read again.
-#if GP_MAX_NV > 2
-#define GP_IN_ORDER()
-#else
-#define GP_IN_ORDER() __asm__ volatile("" ::: "memory")
-#endif
-
 // a[r][v] += w[r][q] * x[v].
 template <int R, int NV>
 GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)[NV]) {
@@ -289,7 +283,6 @@ GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)
   GP_UNROLL for (int r = 0; r < R; r++) {
     const V s = weight(w[r] + q);
     GP_UNROLL for (int v = 0; v < NV; v++) a[r][v] = multiply_add(a[r][v], x[v], s);
-    GP_IN_ORDER();
   }
 }
 
