@@ -5,6 +5,7 @@
 // where it lies: row out[r], column columns[k]. No weight is copied, so that choosing channels costs nothing.
 //
 // The including file defines GP_NS, GP_TARGET, GP_LANES and GP_MAX_NV and the row tiles GP_TILE_1 … GP_TILE_4.
+// With GP_PARTIAL it has parts of vectors of its own, with GP_MULTIPLY_ADD the product that tiles add up.
 #include <algorithm>
 #include <array>
 #include <cmath>
