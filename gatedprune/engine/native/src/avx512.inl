@@ -19,8 +19,10 @@ typedef __mmask16 Lanes;
 GP_PARTIAL Lanes lanes_from(int64_t lane) { return (Lanes)(0xffffu << lane); }
 GP_PARTIAL V load_over(V x, const float* p, Lanes m) { return (V)_mm512_mask_loadu_ps((__m512)x, m, p); }
 GP_PARTIAL V keep_part(V v, int64_t n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
-typedef __mmask16 Span;
-GP_PARTIAL Span span(int64_t from, int64_t to) { return to > from ? (Span)((1u << to) - (1u << from)) : (Span)0; }
+GP_PARTIAL Lanes lanes_between(int64_t from, int64_t to) { return to > from ? (Lanes)((1u << to) - (1u << from)) : (Lanes)0; }
+GP_PARTIAL V load_lanes(const float* p, Lanes m) { return (V)_mm512_maskz_loadu_ps(m, p); }
+typedef Lanes Span;
+GP_PARTIAL Span span(int64_t from, int64_t to) { return lanes_between(from, to); }
 GP_PARTIAL V load_span(V x, const float* p, Span s) { return (V)_mm512_mask_loadu_ps((__m512)x, s, p); }
 GP_PARTIAL void store_span(float* p, V v, Span s) { _mm512_mask_storeu_ps(p, s, (__m512)v); }
 GP_PARTIAL V keep_span(V v, Span s) { return (V)_mm512_maskz_mov_ps(s, (__m512)v); }

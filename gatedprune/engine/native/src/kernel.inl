@@ -70,6 +70,18 @@ GP_INLINE Lanes lanes_from(int64_t lane) {
   return m;
 }
 GP_INLINE V load_over(V x, const float* p, Lanes m) { return m ? load(p) : x; }
+// Lanes [from, to), which need not be any; loaded, with zeros for the others.
+GP_INLINE Lanes lanes_between(int64_t from, int64_t to) {
+  Lanes m;
+  for (int64_t i = 0; i < L; i++) m[i] = i >= from && i < to ? -1 : 0;
+  return m;
+}
+GP_INLINE V load_lanes(const float* p, Lanes m) {
+  V v = V{};
+  for (int64_t i = 0; i < L; i++)
+    if (m[i]) v[i] = p[i];
+  return v;
+}
 // The first n < L values; the others are zero.
 GP_INLINE V load_part(const float* p, int64_t n) {
   V v = V{};
@@ -202,6 +214,25 @@ GP_INLINE V activate(V v, Activation a) {
     default:
       return v;
   }
+}
+
+// One decision for all of them: none waits for another's.
+template <int N>
+GP_INLINE void activate_all(V* v, Activation a) {
+#define GP_ALL(name)                                                                         \
+  case Activation::name:                                                                     \
+    GP_UNROLL for (int i = 0; i < N; i++) v[i] = activate(v[i], Activation::name);           \
+    break;
+  switch (a) {
+    GP_ALL(relu)
+    GP_ALL(relu6)
+    GP_ALL(hardswish)
+    GP_ALL(silu)
+    GP_ALL(gelu)
+    case Activation::none:
+      break;
+  }
+#undef GP_ALL
 }
 
 // The row of the weight that row r of the layer is.
@@ -712,6 +743,25 @@ GP_INLINE V finish_taps(const Depthwise& d, V a, float* to, int64_t live) {
   return vabs(keep_part(y, live));
 }
 
+// The same for a vector of each of N rows `pitch` apart; returns the sum of |y| without the first `skip` ones.
+template <int N, bool POOL>
+GP_TARGET static V finish_rows(V bias, V gain, Activation activation, const V* a, float* to, int64_t pitch, int64_t live,
+                               int64_t skip) {
+  V y[N], total = V{};
+  GP_UNROLL for (int r = 0; r < N; r++) y[r] = POOL ? a[r] : (a[r] + bias) * gain;
+  if (!POOL) activate_all<N>(y, activation);
+  if (live >= L)
+    GP_UNROLL for (int r = 0; r < N; r++) store(to + r * pitch, y[r]);
+  else
+    GP_UNROLL for (int r = 0; r < N; r++) {
+      store_part(to + r * pitch, y[r], live);
+      y[r] = keep_part(y[r], live);
+    }
+  GP_UNROLL for (int r = 0; r < N; r++)
+    if (r >= skip) total += vabs(y[r]);
+  return total;
+}
+
 template <bool POOL>
 GP_TARGET static void over_taps(const Depthwise& d, float* sum) {
   constexpr int MANY = 8;
@@ -745,6 +795,7 @@ GP_TARGET static void over_taps(const Depthwise& d, float* sum) {
 template <int K, int S, bool POOL>
 GP_TARGET static void over_rows(const Depthwise& d, float* sum) {
   constexpr int ROWS = 4;
+  const V bias = splat(d.bias), gain = splat(d.gain);
   V total = V{};
   const int64_t pitch = d.row_pitch / S;
   for (int64_t h = 0, next; h < d.height; h = next) {
@@ -766,11 +817,76 @@ GP_TARGET static void over_rows(const Depthwise& d, float* sum) {
               a[r] += splat(d.weight[t * K + j]) * xi;
           }
         }
-      for (int r = 0; r < ROWS; r++) {
-        const V y = finish_taps<POOL>(d, a[r], d.y + (first + r) * d.width + w, d.width - w);
-        if (first + r >= h) total += y;
+      total += finish_rows<ROWS, POOL>(bias, gain, d.activation, a, d.y + first * d.width + w, d.width, d.width - w, h - first);
+    }
+  }
+  if (sum) *sum += hsum(total);
+}
+
+// The sums of ROWS rows and NV vectors of pixels from column w on, of a plane that is not padded: there is padding where
+// `row` is null and, if EDGE, where lanes are not in `inner`.
+template <int K, int ROWS, int NV, bool EDGE>
+GP_INLINE void taps_of_plane(const float* const* row, int64_t w, const V* weight, const Lanes (*inner)[K], V (*a)[ROWS]) {
+  V sum[NV][ROWS] = {};  // in registers, as `a` is not
+  GP_UNROLL for (int i = 0; i < ROWS + K - 1; i++) {
+    if (!row[i]) continue;
+    GP_UNROLL for (int j = 0; j < K; j++) {
+      V x[NV];
+      GP_UNROLL for (int v = 0; v < NV; v++) {
+        const float* p = row[i] + w + v * L + j;
+        x[v] = EDGE ? load_lanes(p, inner[v][j]) : load(p);
+      }
+      GP_UNROLL for (int r = 0; r < ROWS; r++) {
+        const int t = i - r;
+        if (t < 0 || t >= K) continue;
+        const V s = weight[t * K + j];
+        GP_UNROLL for (int v = 0; v < NV; v++) sum[v][r] = multiply_add(sum[v][r], x[v], s);
       }
     }
+  }
+  GP_UNROLL for (int v = 0; v < NV; v++)
+    GP_UNROLL for (int r = 0; r < ROWS; r++) a[v][r] = sum[v][r];
+}
+
+// Those vectors of rows `first` …, of which `skip` are there already; returns the sum of |y|.
+template <int K, int ROWS, int NV>
+GP_INLINE V part_of_plane(const Depthwise& d, const float* const* row, const V* weight, int64_t first, int64_t skip, int64_t w) {
+  V a[NV][ROWS], total = V{};
+  if (w >= d.left && w + NV * L + K - 1 <= d.in_width + d.left) {
+    taps_of_plane<K, ROWS, NV, false>(row, w, weight, nullptr, a);
+  } else {
+    Lanes inner[NV][K];
+    for (int64_t v = 0; v < NV; v++)
+      for (int64_t j = 0; j < K; j++) {
+        const int64_t column = w + v * L + j - d.left;  // of the first lane
+        inner[v][j] = lanes_between(std::min<int64_t>(L, std::max<int64_t>(0, -column)),
+                                    std::min<int64_t>(L, std::max<int64_t>(0, d.in_width - column)));
+      }
+    taps_of_plane<K, ROWS, NV, true>(row, w, weight, inner, a);
+  }
+  for (int64_t v = 0; v < NV; v++, w += L)
+    total += finish_rows<ROWS, false>(splat(d.bias), splat(d.gain), d.activation, a[v], d.y + first * d.width + w, d.width,
+                                      d.width - w, skip);
+  return total;
+}
+
+// The same as `over_rows` for stride 1, from the plane itself: of small planes copying takes as long as computing.
+template <int K>
+GP_TARGET static void over_plane(const Depthwise& d, float* sum) {
+  constexpr int ROWS = 4;
+  V weight[K * K], total = V{};
+  for (int t = 0; t < K * K; t++) weight[t] = splat(d.weight[t]);
+  for (int64_t h = 0, next; h < d.height; h = next) {
+    next = h + ROWS;
+    const int64_t first = std::min(h, d.height - ROWS);
+    const float* row[ROWS + K - 1];
+    for (int64_t i = 0; i < ROWS + K - 1; i++) {
+      const int64_t at = first + i - d.top;
+      row[i] = at >= 0 && at < d.in_height ? d.x + at * d.in_width - d.left : nullptr;
+    }
+    int64_t w = 0;
+    for (; w + L < d.width; w += 2 * L) total += part_of_plane<K, ROWS, 2>(d, row, weight, first, h - first, w);
+    if (w < d.width) total += part_of_plane<K, ROWS, 1>(d, row, weight, first, h - first, w);
   }
   if (sum) *sum += hsum(total);
 }
@@ -785,6 +901,7 @@ static bool in_rows(const Depthwise& d, int64_t stride) {
 }
 
 GP_TARGET static void depthwise(const Depthwise& d, float* sum) {
+  if (!d.tap_offset) return d.taps == 9 ? over_plane<3>(d, sum) : d.taps == 25 ? over_plane<5>(d, sum) : over_plane<7>(d, sum);
   const bool pool = !d.weight;
   if (pool && in_rows<3>(d, 2)) return over_rows<3, 2, true>(d, sum);
   if (pool) return over_taps<true>(d, sum);

@@ -40,13 +40,15 @@ GP_PARTIAL Lanes lanes_from(int64_t lane) { return _mm256_xor_si256(first(lane),
 GP_PARTIAL V load_over(V x, const float* p, Lanes m) {
   return (V)_mm256_blendv_ps((__m256)x, _mm256_loadu_ps(p), _mm256_castsi256_ps(m));
 }
+GP_PARTIAL Lanes lanes_between(int64_t from, int64_t to) { return _mm256_andnot_si256(first(from), first(to)); }
+GP_PARTIAL V load_lanes(const float* p, Lanes m) { return (V)_mm256_maskload_ps(p, m); }
 GP_PARTIAL V keep_part(V v, int64_t n) { return (V)_mm256_and_ps((__m256)v, _mm256_castsi256_ps(first(n))); }
 // Lanes [from, to), which need not be any; p is where the first lane of the vector would lie.
 struct Span {
   int64_t from, to;
 };
 GP_PARTIAL Span span(int64_t from, int64_t to) { return {from, to > from ? to : from}; }
-GP_PARTIAL __m256i lanes_of(Span s) { return _mm256_andnot_si256(first(s.from), first(s.to)); }
+GP_PARTIAL __m256i lanes_of(Span s) { return lanes_between(s.from, s.to); }
 GP_PARTIAL V load_span(V x, const float* p, Span s) {
   const __m256i lanes = lanes_of(s);
   return (V)_mm256_blendv_ps((__m256)x, _mm256_maskload_ps(p, lanes), _mm256_castsi256_ps(lanes));

@@ -332,12 +332,16 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
               "minimal filtering needs a weight (C_out, C_in, 3, 3) and a stride of 1, or (C_out, C_in, 7, 7) and a stride of "
               "2, in float32, and dilation and groups of 1");
   const int64_t height = winograd ? (Ho + 1) / 2 : Ho, width = winograd ? (Wo + 1) / 2 : Wo;  // in tiles or pixels
+  const bool one_each = !direct && !winograd && K == 1 && R == 1 && !residual;  // depthwise
+  const int64_t side = kernel_size[0];
+  const bool whole_plane = one_each && all(kernel_size, side) && (side == 3 || side == 5 || side == 7) && all(stride, 1) &&
+                           all(dilation, 1) && Ho >= 4;
   optional<Padded> p;
   if (winograd) {
     const int64_t taps_of_tile = phases ? 9 : 4, apart = phases ? 4 : 2;
     p.emplace(x, at::IntArrayRef({taps_of_tile, taps_of_tile}), at::IntArrayRef({apart, apart}), padding,
               at::IntArrayRef({1, 1}), height, width);
-  } else if (!direct) {
+  } else if (!direct && !whole_plane) {
     p.emplace(x, kernel_size, stride, padding, dilation, Ho, Wo);
   }
   const Activation act = activation_of(activation);
@@ -345,21 +349,26 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const double flops = 2.0 * B * R_all * K * taps * N;
   float* out = y.mutable_data_ptr<float>();
 
-  if (!direct && !winograd && K == 1 && R == 1 && !residual) {
+  if (one_each) {
     const float* from = x.const_data_ptr<float>();
     const int64_t whole = x.size(2) * x.size(3);
     const Tensor single = weight.to(at::kFloat);
     const float* w = single.const_data_ptr<float>();
     const int64_t ldw = single.stride(0);
-    p->each(B * G, flops, from, whole, [&](int64_t i, const float* padded) {
-      const int64_t b = i / G, r = i % G, s = b / repeat;
-      const int64_t o = out_index ? row_of<int64_t>(out_index, s)[r] : r;
-      const int64_t column = in_index ? row_of<int64_t>(in_index, s)[0] : 0;
-      const Depthwise d{padded, taps, p->tap_offset.data(), Ho, Wo, p->row_pitch,
-                        w + o * ldw + column * taps, bias ? bias->const_data_ptr<float>()[o] : 0.f,
-                        gain ? row_of<float>(gain, s)[r] : 1.f, act, out + i * N};
+    // Once, not for each plane: of a small one asking for the pointers takes as long as the arithmetic.
+    const float *b_ = bias ? bias->const_data_ptr<float>() : nullptr, *g_ = row_of<float>(gain, 0);
+    const int64_t *o_ = row_of<int64_t>(out_index, 0), *i_ = row_of<int64_t>(in_index, 0), *shift = p ? p->tap_offset.data() : nullptr;
+    const int64_t pitch = p ? p->row_pitch : 0, H = x.size(2), W = x.size(3);
+    auto run = [&](int64_t i, const float* plane) {
+      const int64_t r = i % G, s = i / G / repeat, o = o_ ? o_[s * R_all + r] : r;
+      const Depthwise d{plane, taps, shift, Ho, Wo, pitch, w + o * ldw + (i_ ? i_[s] * taps : 0), b_ ? b_[o] : 0.f,
+                        g_ ? g_[s * R_all + r] : 1.f, act, out + i * N, padding[0], padding[1], H, W};
       kernel.depthwise(d, sum_of ? sum_of + i : nullptr);
-    });
+    };
+    if (p)
+      p->each(B * G, flops, from, whole, run);
+    else
+      for_all(B * G, flops, [&](int64_t i) { run(i, from + i * whole); });
     finish();
     return {y, total};
   }
