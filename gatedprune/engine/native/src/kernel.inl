@@ -235,6 +235,14 @@ GP_INLINE void activate_all(V* v, Activation a) {
 #undef GP_ALL
 }
 
+// n floats, of whole vectors, in their place.
+GP_INLINE void activate_run(float* x, int64_t n, Activation a) {
+  constexpr int64_t MANY = 4 * L;
+  int64_t i = 0;
+  for (; i + MANY <= n && a != Activation::none; i += MANY) activate_all<4>((V*)(x + i), a);
+  for (; i < n; i += L) *(V*)(x + i) = activate(*(const V*)(x + i), a);
+}
+
 // The row of the weight that row r of the layer is.
 GP_INLINE int64_t row_number(const Layer& l, int64_t r) { return l.out ? l.out[r] : l.first_row + r; }
 
@@ -319,7 +327,7 @@ GP_INLINE void step(const float* const* w, int64_t q, const float* panel, V (*a)
 }
 
 // acc[r][v] (+)= sum over k of weight[r][column k] * panel[k][v]. FINISH: these are the last k, and what follows the sums
-// is done while they are in registers; for activations that are bounds. It adds up sums of K_BLOCK products: of a single
+// is done while they are in registers, but for activations that are no bounds. It adds up sums of K_BLOCK products: of a single
 // long one the rounding errors would grow with its length.
 //
 // Weights come from memory, in runs too short for the hardware to foresee: meanwhile the rows `ahead` are fetched, which
@@ -571,17 +579,53 @@ GP_INLINE void finish(const Layer& l, const float* acc, int64_t r, int64_t n0, i
   if (sum) *(V*)sum = total;
 }
 
+// Activation of what is stored already, NV vectors of each of ROWS rows, of which the last vector has `live` pixels.
+template <int NV, int ROWS>
+GP_INLINE void activate_stored(const Layer& l, float* y, int64_t live, float* sums) {
+  V x[ROWS * NV];
+  GP_UNROLL for (int r = 0; r < ROWS; r++)
+    GP_UNROLL for (int v = 0; v < NV; v++) {
+      const float* from = y + r * l.ldy + v * L;
+      x[r * NV + v] = v < NV - 1 || live == L ? load(from) : load_part(from, live);
+    }
+  activate_all<ROWS * NV>(x, l.activation);
+  GP_UNROLL for (int r = 0; r < ROWS; r++) {
+    V total = sums ? *(const V*)(sums + r * L) : V{};
+    GP_UNROLL for (int v = 0; v < NV; v++) {
+      float* to = y + r * l.ldy + v * L;
+      V& one = x[r * NV + v];
+      if (v < NV - 1 || live == L) {
+        store(to, one);
+      } else {
+        store_part(to, one, live);
+        one = keep_part(one, live);
+      }
+      total += vabs(one);
+    }
+    if (sums) *(V*)(sums + r * L) = total;
+  }
+}
+
+// The same of `count` rows from r on, as many vectors at once as four.
+template <int NV>
+GP_INLINE void activate_rows(const Layer& l, int64_t r, int count, int64_t n0, float* sums) {
+  constexpr int ROWS = NV < 3 ? 4 / NV : 1;
+  const int64_t live = std::min<int64_t>(L, l.pixels - n0 - (NV - 1) * L);
+  float* y = l.y + r * l.ldy + n0;
+  int i = 0;
+  for (; i + ROWS <= count; i += ROWS) activate_stored<NV, ROWS>(l, y + i * l.ldy, live, sums ? sums + i * L : nullptr);
+  for (; i < count; i++) activate_stored<NV, 1>(l, y + i * l.ldy, live, sums ? sums + i * L : nullptr);
+}
+
 // The same for tokens, all rows [r0, r1) of a panel at once: they lie side by side.
 GP_INLINE void finish_tokens(const Layer& l, float* acc, int64_t r0, int64_t r1, int64_t n0, int nv) {
   const int64_t width = nv * L, columns = std::min<int64_t>(width, l.pixels - n0);
   for (int64_t r = r0; r < r1; r++) {
     const V bias = splat(l.bias ? l.bias[row_number(l, r)] : 0.f), gain = splat(l.gain ? l.gain[r] : 1.f);
     float* a = acc + (r - r0) * width;
-    for (int v = 0; v < nv; v++) {
-      const V y = (*(const V*)(a + v * L) + bias) * gain;
-      *(V*)(a + v * L) = l.residual ? y : activate(y, l.activation);
-    }
+    for (int v = 0; v < nv; v++) *(V*)(a + v * L) = (*(const V*)(a + v * L) + bias) * gain;
   }
+  if (!l.residual) activate_run(acc, (r1 - r0) * width, l.activation);
   transpose(acc, r1 - r0, columns, width, l.y + n0 * l.ldy + r0, l.ldy);
   if (!l.residual) return;
   for (int64_t n = n0; n < n0 + columns; n++) {  // a token's channels lie side by side, too
@@ -622,7 +666,9 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
   const int64_t depth = l.channels * l.taps, rows = r1 - r0;
   const int64_t most = group_size(depth, l.rows, 4 * l.rows * l.ldw);
   Range later = l.ahead;
-  const bool bounds = !l.tokens_out && l.activation <= Activation::relu6;
+  const bool in_tiles = !l.tokens_out, afterwards = in_tiles && l.activation > Activation::relu6;
+  Layer tiled = l;  // what tiles do of it
+  if (afterwards) tiled.activation = Activation::none;
   // Rows of a multiple of 4 KiB share one set of eight lines of the first-level cache.
   const auto rows_of = [few = l.ldw % 1024 == 0](int nv) { return few ? std::min(TILE_ROWS[nv], 6) : TILE_ROWS[nv]; };
   float *totals = memory, *packed = totals + rows * L;  // sums of |y|, a vector for each row; panels
@@ -687,13 +733,11 @@ GP_TARGET static void layer(const Layer& l, int64_t v0, int64_t v1, int64_t r0, 
             float* sum = sums ? totals + (r - r0) * L : nullptr;
             for (int64_t p = p0; p < p1; p++) {
               float* a = acc + p * acc_panel + (r - r0) * nv * L;
-              const Goal goal{&l, r, pixel(p), sum, fetch(r + tall, p), take(later, n)};
-              tiles.of[bounds && last][nv][height](row, l.columns + q0, n, packed + p * block, a, k0 == 0,
+              const Goal goal{&tiled, r, pixel(p), afterwards ? nullptr : sum, fetch(r + tall, p), take(later, n)};
+              tiles.of[in_tiles && last][nv][height](row, l.columns + q0, n, packed + p * block, a, k0 == 0,
                                                    more && p == 0 ? ahead : nullptr, l.columns + (wrap ? q0 + n : q0),
                                                    goal);
-              if (last && !bounds && !l.tokens_out)
-                for (int i = 0; i < height; i++)
-                  finish(l, a + i * nv * L, r + i, pixel(p), nv, sum ? sum + i * L : nullptr);
+              if (afterwards && last) GP_OF_WIDTH(nv, activate_rows, l, r, height, pixel(p), sum);
             }
           }
         }
