@@ -27,12 +27,13 @@ _POINTWISE = frozenset(["gelu", "relu", "silu", "hardswish", "hardtanh", "relu6"
                        + ["sigmoid", "tanh", "softplus", "hardsigmoid", "square", "dropout", "quick_gelu"])  # fmt: skip
 
 
-def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple]) -> None:
+def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple], native: bool) -> None:
     """Fuse in place.
 
     Args:
         root: Holds the modules that the graph calls.
         shapes: Value → what it holds; two values with equal entries have the same shape and channels.
+        native: The native backend computes global pooling that no layer does.
     """
     for node in list(graph.nodes):
         if operators.op_name(node.target) in ("dropout", "feature_dropout", "alpha_dropout") and node.args[2] is False:
@@ -52,7 +53,7 @@ def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple]) -> None
         elif isinstance(_module(root, node), narrow.NarrowLinear):
             _columns(root, node)
         elif node.op == "call_function":
-            _pool(root, graph, node)
+            _pool(root, graph, node, shapes, native)
 
 
 def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -220,16 +221,20 @@ def _subsample(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
         selector.subsampled = True
 
 
-def _pool(root: nn.Module, graph: fx.Graph, node: fx.Node) -> None:
-    """Global average pooling of what cannot be negative is s(x) too."""
+def _pool(root: nn.Module, graph: fx.Graph, node: fx.Node, shapes: dict[fx.Node, tuple], native: bool) -> None:
+    """Global average pooling of what cannot be negative is s(x) too. PyTorch's own takes several operators."""
     if not _is_global_pool(node) or not isinstance(node.args[0], fx.Node):
         return
     source = node.args[0]
     layer = _module(root, _written_by(source))
-    if not isinstance(layer, narrow.NarrowConv2d) or layer.activation not in ("relu", "relu6"):
+    if isinstance(layer, narrow.NarrowConv2d) and layer.activation in ("relu", "relu6"):
+        s = _means(root, graph, source, node)
+        assert s is not None
+    elif native and source in shapes and len(shapes[source][0]) == 4:
+        with graph.inserting_before(node):
+            s = graph.call_function(narrow.global_pool, (source,))
+    else:
         return
-    s = _means(root, graph, source, node)
-    assert s is not None
     if operators.op_name(node.target) != "mean" or argument(node, 2, "keepdim"):
         with graph.inserting_before(node):
             s = graph.call_function(_aten.unflatten.int, (s, 1, [-1, 1, 1]))

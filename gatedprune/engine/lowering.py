@@ -43,7 +43,7 @@ def lower(
     lowering = Lowering(analysis, gates, native, shared, bfloat16)
     lowering.run()
     if fused:
-        fuse(lowering.root, lowering.graph, lowering.shapes())
+        fuse(lowering.root, lowering.graph, lowering.shapes(), native)
     lowering.prune()
     return fx.GraphModule(lowering.root, lowering.graph)
 

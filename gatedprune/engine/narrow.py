@@ -30,6 +30,7 @@ __all__ = [
     "AddInto",
     "MaxPool2d",
     "UpsampleBilinear2d",
+    "global_pool",
     "NarrowAffine",
     "NarrowConv2d",
     "NarrowLinear",
@@ -211,6 +212,14 @@ class MaxPool2d(nn.Module):
             y: Tensor = torch.ops.gatedprune.max_pool2d(x, *self.options, self.ceil_mode)
             return y
         return F.max_pool2d(x, *self.options, 1, self.ceil_mode)
+
+
+def global_pool(x: Tensor) -> Tensor:
+    """The mean over the pixels; (B, C, H, W) → (B, C)."""
+    if fits(x):
+        mean: Tensor = torch.ops.gatedprune.subsample(x, 1, True)
+        return mean
+    return x.mean((2, 3))
 
 
 class UpsampleBilinear2d(nn.Module):

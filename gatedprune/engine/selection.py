@@ -49,10 +49,10 @@ class Selector(nn.Module):
         dim: int | None = None
         if self.subsampled:
             s = x
-        elif native and not gate.signed and x.dim() > 2 and gate.channel_dim % x.dim() in (1, x.dim() - 1):
+        elif native and x.dim() > 2 and gate.channel_dim % x.dim() in (1, x.dim() - 1):
             dim = gate.channel_dim % x.dim()
-            if self.shared or gate.varies:
-                s, dim = torch.ops.gatedprune.subsample(x, dim), None
+            if self.shared or gate.varies or gate.signed:
+                s, dim = torch.ops.gatedprune.subsample(x, dim, gate.signed), None
             else:
                 s = x  # all in one operator
         else:

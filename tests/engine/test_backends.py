@@ -111,8 +111,6 @@ class Mean(nn.Module):
         (nn.ReLU(), Mean(dim=(-1, -2), keepdim=True), True),
         (nn.ReLU(), Mean(dim=(3,), keepdim=True), False),
         (nn.ReLU(), nn.AdaptiveAvgPool2d((1, 2)), False),
-        (nn.SiLU(), nn.AdaptiveAvgPool2d(1), False),  # negative where it is: the layer knows |y| only
-        (nn.Identity(), Mean(dim=(2, 3)), False),
     ],
 )
 def test_global_pooling_comes_with_the_layer(activation: nn.Module, pool: nn.Module, own: bool) -> None:
@@ -124,6 +122,20 @@ def test_global_pooling_comes_with_the_layer(activation: nn.Module, pool: nn.Mod
     fast = compact(gated, x)
     targets = [str(n.target) for n in fast.prepare(x).graph.nodes]
     assert any("mean" in t or "pool" in t for t in targets) != own
+    torch.testing.assert_close(fast(x), gated(x), rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("activation", "pool"), [(nn.SiLU(), nn.AdaptiveAvgPool2d(1)), (nn.Identity(), Mean(dim=(2, 3)))]
+)
+def test_global_pooling_of_what_may_be_negative(activation: nn.Module, pool: nn.Module) -> None:
+    """The layer knows |y| only."""
+    x = torch.randn(2, 3, 9, 12)
+    gated = wrap(Pooled(activation, pool).eval(), ratio=0.5, example_inputs=x, include=["first"])
+    fast = compact(gated, x)
+    targets = [str(n.target) for n in fast.prepare(x).graph.nodes]
+    assert any("global_pool" in t for t in targets) and not any("mean" in t or "avg_pool" in t for t in targets)
     torch.testing.assert_close(fast(x), gated(x), rtol=1e-4, atol=1e-5)
 
 

@@ -227,7 +227,7 @@ def _register_fakes() -> None:
         return gain[0].new_empty(gain[0].shape[0], units[0].numel() if index is None else index.shape[1])
 
     @torch.library.register_fake("gatedprune::subsample")
-    def subsample(x, channel_dim):
+    def subsample(x, channel_dim, signed=False):
         return x.new_empty(x.shape[0], x.shape[channel_dim])
 
     @torch.library.register_fake("gatedprune::gate")

@@ -271,9 +271,10 @@ def test_affine(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("shape", "dim"), [((2, 5, 33, 29), 1), ((2, 700, 37), 2), ((3, 9, 11, 40), 3), ((1, 4, 1, 1), 1)]
 )
-def test_subsample(shape: tuple[int, ...], dim: int) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_subsample(shape: tuple[int, ...], dim: int, signed: bool) -> None:
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(ops.subsample(x, dim), subsample(x, dim), **CLOSE)
+    torch.testing.assert_close(ops.subsample(x, dim, signed), subsample(x, dim, signed), **CLOSE)
 
 
 def test_empty_batch() -> None:

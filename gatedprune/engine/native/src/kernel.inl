@@ -834,11 +834,11 @@ GP_TARGET static void over_taps(const Depthwise& d, float* sum) {
   if (sum) *sum += hsum(total);
 }
 
-// Four rows of the output at once, so that what is read of x serves up to K of them. For K × K taps whose rows lie apart
-// as those of the output do, or half as far (S is 2).
-template <int K, int S, bool POOL>
+// Four rows of the output at once, so that what is read of x serves several of them. For K × K taps whose rows lie half as
+// far apart as those of the output.
+template <int K, bool POOL>
 GP_TARGET static void over_rows(const Depthwise& d, float* sum) {
-  constexpr int ROWS = 4;
+  constexpr int ROWS = 4, S = 2;
   const V bias = splat(d.bias), gain = splat(d.gain);
   V total = V{};
   const int64_t pitch = d.row_pitch / S;
@@ -914,7 +914,7 @@ GP_INLINE V part_of_plane(const Depthwise& d, const float* const* row, const V* 
   return total;
 }
 
-// The same as `over_rows` for stride 1, from the plane itself: of small planes copying takes as long as computing.
+// Stride 1, in the same way, from the plane itself: of small planes copying takes as long as computing.
 template <int K>
 GP_TARGET static void over_plane(const Depthwise& d, float* sum) {
   constexpr int ROWS = 4;
@@ -937,44 +937,47 @@ GP_TARGET static void over_plane(const Depthwise& d, float* sum) {
 
 // Whether `over_rows` may compute it.
 template <int K>
-static bool in_rows(const Depthwise& d, int64_t stride) {
+static bool in_rows(const Depthwise& d) {
   if (d.taps != K * K || d.height < 4) return false;
   for (int t = 0; t < K * K; t++)
-    if (d.tap_offset[t] != t / K * (d.row_pitch / stride) + d.tap_offset[t % K]) return false;
-  return d.row_pitch % stride == 0;
+    if (d.tap_offset[t] != t / K * (d.row_pitch / 2) + d.tap_offset[t % K]) return false;
+  return d.row_pitch % 2 == 0;
 }
 
 GP_TARGET static void depthwise(const Depthwise& d, float* sum) {
   if (!d.tap_offset) return d.taps == 9 ? over_plane<3>(d, sum) : d.taps == 25 ? over_plane<5>(d, sum) : over_plane<7>(d, sum);
   const bool pool = !d.weight;
-  if (pool && in_rows<3>(d, 2)) return over_rows<3, 2, true>(d, sum);
-  if (pool) return over_taps<true>(d, sum);
-  if (in_rows<3>(d, 1)) return over_rows<3, 1, false>(d, sum);
-  if (in_rows<3>(d, 2)) return over_rows<3, 2, false>(d, sum);
-  if (in_rows<5>(d, 1)) return over_rows<5, 1, false>(d, sum);
-  if (in_rows<5>(d, 2)) return over_rows<5, 2, false>(d, sum);
-  if (in_rows<7>(d, 1)) return over_rows<7, 1, false>(d, sum);
+  if (pool) return in_rows<3>(d) ? over_rows<3, true>(d, sum) : over_taps<true>(d, sum);
+  if (in_rows<3>(d)) return over_rows<3, false>(d, sum);
+  if (in_rows<5>(d)) return over_rows<5, false>(d, sum);
   over_taps<false>(d, sum);
 }
 
-// sums[c] = sum over tokens of |x[t][c]|.
-GP_TARGET static void abs_sum_tokens(const float* x, int64_t tokens, int64_t channels, float* sums) {
+// sums[c] = sum over tokens of x[t][c], or of |x[t][c]|.
+template <bool SIGNED>
+GP_INLINE void add_tokens(const float* x, int64_t tokens, int64_t channels, float* sums) {
   int64_t c = 0;
   for (; c + 4 * L <= channels; c += 4 * L) {
     V a[4] = {};
     for (int64_t t = 0; t < tokens; t++)
-      GP_UNROLL for (int v = 0; v < 4; v++) a[v] += vabs(load(x + t * channels + c + v * L));
+      GP_UNROLL for (int v = 0; v < 4; v++) {
+        const V one = load(x + t * channels + c + v * L);
+        a[v] += SIGNED ? one : vabs(one);
+      }
     for (int v = 0; v < 4; v++) store(sums + c + v * L, a[v]);
   }
-  for (; c + L <= channels; c += L) {
+  for (; c < channels; c += L) {
+    const int64_t live = std::min<int64_t>(L, channels - c);
     V a = V{};
-    for (int64_t t = 0; t < tokens; t++) a += vabs(load(x + t * channels + c));
-    store(sums + c, a);
+    for (int64_t t = 0; t < tokens; t++) {
+      const V one = load_part(x + t * channels + c, live);
+      a += SIGNED ? one : vabs(one);
+    }
+    store_part(sums + c, a, live);
   }
-  for (; c < channels; c++) {
-    sums[c] = 0;
-    for (int64_t t = 0; t < tokens; t++) sums[c] += std::fabs(x[t * channels + c]);
-  }
+}
+GP_TARGET static void sum_tokens(const float* x, int64_t tokens, int64_t channels, bool is_signed, float* sums) {
+  is_signed ? add_tokens<true>(x, tokens, channels, sums) : add_tokens<false>(x, tokens, channels, sums);
 }
 
 GP_TARGET static float affine(const float* x, int64_t n, float scale, float shift, Activation act, float* y) {
@@ -1075,15 +1078,24 @@ GP_TARGET static void pad(const Padding& p, const float* x, bool edges, float* y
   }
 }
 
-GP_TARGET static float abs_sum(const float* x, int64_t n) {
+// The sum of n values, or of |x|.
+template <bool SIGNED>
+GP_INLINE float add_up(const float* x, int64_t n) {
   V a[4] = {};
   int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) {
-    GP_UNROLL for (int v = 0; v < 4; v++) a[v] += vabs(load(x + i + v * L));
+  for (; i + 4 * L <= n; i += 4 * L)
+    GP_UNROLL for (int v = 0; v < 4; v++) {
+      const V one = load(x + i + v * L);
+      a[v] += SIGNED ? one : vabs(one);
+    }
+  for (; i < n; i += L) {
+    const V one = load_part(x + i, std::min<int64_t>(L, n - i));
+    a[0] += SIGNED ? one : vabs(one);
   }
-  float rest = 0;
-  for (; i < n; i++) rest += std::fabs(x[i]);
-  return hsum((a[0] + a[1]) + (a[2] + a[3])) + rest;
+  return hsum((a[0] + a[1]) + (a[2] + a[3]));
+}
+GP_TARGET static float sum(const float* x, int64_t n, bool is_signed) {
+  return is_signed ? add_up<true>(x, n) : add_up<false>(x, n);
 }
 
 #include "winograd.inl"

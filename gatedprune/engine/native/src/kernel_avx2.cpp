@@ -73,8 +73,8 @@ GP_PARTIAL V multiply_add(V a, V x, V s) {
 
 namespace gatedprune {
 const Kernels* kernels_avx2() {
-  static const Kernels all{"avx2", avx2::L, &avx2::scratch, &avx2::layer, &avx2::depthwise, &avx2::abs_sum,
-                           &avx2::affine, &avx2::matvec, &avx2::abs_sum_tokens, &avx2::pad,
+  static const Kernels all{"avx2", avx2::L, &avx2::scratch, &avx2::layer, &avx2::depthwise, &avx2::sum,
+                           &avx2::affine, &avx2::matvec, &avx2::sum_tokens, &avx2::pad,
                            &avx2::winograd_scratch, &avx2::winograd, &avx2::phases_scratch, &avx2::phases, &avx2::resize};
   return &all;
 }

@@ -8,8 +8,8 @@
 
 namespace gatedprune {
 const Kernels* kernels_avx512() {
-  static const Kernels all{"avx512", avx512::L, &avx512::scratch, &avx512::layer, &avx512::depthwise, &avx512::abs_sum,
-                           &avx512::affine, &avx512::matvec, &avx512::abs_sum_tokens, &avx512::pad,
+  static const Kernels all{"avx512", avx512::L, &avx512::scratch, &avx512::layer, &avx512::depthwise, &avx512::sum,
+                           &avx512::affine, &avx512::matvec, &avx512::sum_tokens, &avx512::pad,
                            &avx512::winograd_scratch, &avx512::winograd, &avx512::phases_scratch, &avx512::phases, &avx512::resize};
   return &all;
 }

@@ -19,8 +19,8 @@
 
 namespace gatedprune {
 const Kernels* kernels_generic() {
-  static const Kernels all{"generic", generic::L, &generic::scratch, &generic::layer, &generic::depthwise, &generic::abs_sum,
-                           &generic::affine, &generic::matvec, &generic::abs_sum_tokens, &generic::pad,
+  static const Kernels all{"generic", generic::L, &generic::scratch, &generic::layer, &generic::depthwise, &generic::sum,
+                           &generic::affine, &generic::matvec, &generic::sum_tokens, &generic::pad,
                            &generic::winograd_scratch, &generic::winograd, &generic::phases_scratch, &generic::phases, &generic::resize};
   return &all;
 }

@@ -105,12 +105,13 @@ struct Kernels {
   // Computes vectors [v0, v1) of `lanes` pixels and rows [r0, r1); adds each row's sum of |y| to sums if not null.
   void (*layer)(const Layer&, int64_t v0, int64_t v1, int64_t r0, int64_t r1, float* scratch, float* sums);
   void (*depthwise)(const Depthwise&, float* sum);
-  float (*abs_sum)(const float* x, int64_t n);
+  // Of x, or of |x|.
+  float (*sum)(const float* x, int64_t n, bool is_signed);
   // y = activation(x * scale + shift); returns the sum of |y|.
   float (*affine)(const float* x, int64_t n, float scale, float shift, Activation, float* y);
   // y = w x + bias: w (rows, n), row by row; bias may be null.
   void (*matvec)(const float* w, int64_t rows, int64_t n, const float* x, const float* bias, float* y);
-  void (*abs_sum_tokens)(const float* x, int64_t tokens, int64_t channels, float* sums);
+  void (*sum_tokens)(const float* x, int64_t tokens, int64_t channels, bool is_signed, float* sums);
   // Without `edges` only what comes from x is written: the padding is there from another plane.
   void (*pad)(const Padding&, const float* x, bool edges, float* y);
   int64_t (*winograd_scratch)(int64_t channels, int64_t rows, int64_t tiles);

@@ -607,7 +607,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
 }
 
 // Mean of |x| over everything but batch and channels, which are the second or the last dimension → (B, C).
-Tensor subsample(const Tensor& x_, int64_t channel_dim) {
+Tensor subsample(const Tensor& x_, int64_t channel_dim, bool is_signed) {
   TORCH_CHECK(x_.dim() >= 2 && x_.scalar_type() == at::kFloat, "x must be (B, C, …) or (B, …, C), float32");
   TORCH_CHECK(channel_dim == 1 || channel_dim == x_.dim() - 1, "channels must be the second or the last dimension");
   const Tensor x = x_.contiguous();
@@ -623,7 +623,7 @@ Tensor subsample(const Tensor& x_, int64_t channel_dim) {
     at::parallel_for(0, B * chunks, std::max<int64_t>(1, 256 / std::max<int64_t>(1, C)), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; i++) {
         const int64_t t = i % chunks * step;
-        kernel.abs_sum_tokens(from + (i / chunks * n + t) * C, std::min(step, n - t), C, to + i * C);
+        kernel.sum_tokens(from + (i / chunks * n + t) * C, std::min(step, n - t), C, is_signed, to + i * C);
       }
     });
     for (int64_t b = 0; b < B; b++)
@@ -639,7 +639,8 @@ Tensor subsample(const Tensor& x_, int64_t channel_dim) {
   at::parallel_for(0, B * C, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, n)), [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; i++) {
       double sum = 0;
-      for (int64_t j = 0; j < n; j += 4096) sum += kernel.abs_sum(from + i * n + j, std::min<int64_t>(4096, n - j));
+      for (int64_t j = 0; j < n; j += 4096)
+        sum += kernel.sum(from + i * n + j, std::min<int64_t>(4096, n - j), is_signed);
       to[i] = float(sum / n);
     }
   });
@@ -802,7 +803,7 @@ std::tuple<Tensor, Tensor> gate(const Tensor& s, const Tensor& weight, const Ten
                                 optional<double> max_gain, optional<int64_t> channel_dim,
                                 const optional<Tensor>& reduce) {
   const c10::impl::ExcludeDispatchKeyGuard exact(c10::autocast_dispatch_keyset);  // float32 decides who wins
-  const Tensor g = saliency(channel_dim ? subsample(s, *channel_dim) : s, weight, bias, index, reduce);
+  const Tensor g = saliency(channel_dim ? subsample(s, *channel_dim, false) : s, weight, bias, index, reduce);
   const Tensor from = start.contiguous();
   const int64_t B = g.size(0), C = g.size(1);
   TORCH_CHECK(from.scalar_type() == at::kFloat && strength.scalar_type() == at::kFloat, "the gate must be float32");
@@ -861,7 +862,7 @@ TORCH_LIBRARY(gatedprune, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, Tensor? gain, "
       "Tensor? residual, str activation, bool x_columns=False, bool y_columns=False) -> Tensor");
-  m.def("subsample(Tensor x, int channel_dim) -> Tensor");
+  m.def("subsample(Tensor x, int channel_dim, bool signed=False) -> Tensor");
   m.def("gate(Tensor s, Tensor weight, Tensor bias, Tensor start, Tensor strength, Tensor? index, int k, bool boost, float? max_gain=None, int? channel_dim=None, Tensor? reduce=None) -> (Tensor, Tensor)");
   m.def("affine(Tensor x, Tensor scale, Tensor shift, Tensor? index, str activation, bool mean) -> (Tensor, Tensor)");
   m.def("channel_index(Tensor[] tables, Tensor fixed, Tensor[] active, int channels) -> Tensor");
