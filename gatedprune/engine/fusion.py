@@ -54,6 +54,7 @@ def fuse(root: nn.Module, graph: fx.Graph, shapes: dict[fx.Node, tuple], native:
             _columns(root, node)
         elif node.op == "call_function":
             _pool(root, graph, node, shapes, native)
+            _in_place(root, node, shapes)
 
 
 def _module(root: nn.Module, node: fx.Node) -> nn.Module | None:
@@ -171,18 +172,29 @@ def _residual(root: nn.Module, graph: fx.Graph, node: fx.Node, shapes: dict[fx.N
 
 def _done_with(root: nn.Module, value: fx.Node, reader: fx.Node) -> bool:
     """Whether a layer of ours made the value, for this graph alone, and ``reader`` is the last to read it."""
-    if not isinstance(_module(root, value), narrow.NarrowConv2d):
+    if not isinstance(_module(root, _written_by(value)), narrow.NarrowConv2d):
         return False
     seen, node = set(), reader.next
     while node.op != "root":
         seen.add(node)
         node = node.next
-    return not any(user in seen or _aliases(root, user) for user in value.users)
+    return not any(user in seen or _aliases(root, user) for user in value.users if user is not reader)
 
 
 def _aliases(root: nn.Module, node: fx.Node) -> bool:
     """Whether the node's result may be its argument's memory: anything but our layers and gates."""
-    return not isinstance(_module(root, node), _FRESH)
+    return node.target is not narrow.global_pool and not isinstance(_module(root, node), _FRESH)
+
+
+def _in_place(root: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple]) -> None:
+    """A product, as squeeze-excite has it, takes the place of the map that a layer of ours made for it."""
+    if node.target is not _aten.mul.Tensor or node.kwargs or node not in shapes:
+        return
+    value, factor = node.args
+    if not isinstance(value, fx.Node) or value is factor or shapes.get(_written_by(value)) != shapes[node]:
+        return
+    if _done_with(root, value, node):
+        node.target = _aten.mul_.Tensor
 
 
 def _columns(root: nn.Module, node: fx.Node) -> None:

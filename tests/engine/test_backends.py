@@ -139,6 +139,33 @@ def test_global_pooling_of_what_may_be_negative(activation: nn.Module, pool: nn.
     torch.testing.assert_close(fast(x), gated(x), rtol=1e-4, atol=1e-5)
 
 
+class Excited(nn.Module):
+    """A map that is scaled by its own mean, and perhaps read once more."""
+
+    def __init__(self, again: bool, negative: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.squeeze = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3), nn.Conv2d(24, 24, 1)
+        self.again, self.negative = again, negative
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x).relu())
+        y = y if self.negative else y.relu()
+        z = y * self.squeeze(y.mean((2, 3), keepdim=True)).sigmoid()
+        return z - y if self.again else z
+
+
+@needs_native
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_product_takes_the_place_of_what_nobody_reads_any_more(again: bool, negative: bool) -> None:
+    x = torch.randn(2, 3, 9, 12)
+    gated = wrap(Excited(again, negative).eval(), ratio=0.5, example_inputs=x, include=["first"])
+    fast = compact(gated, x)
+    assert any(n.target is torch.ops.aten.mul_.Tensor for n in fast.prepare(x).graph.nodes) != again
+    for _ in range(3):  # as a graph, recorded, and from the recording
+        torch.testing.assert_close(fast(x), gated(x), rtol=1e-4, atol=1e-5)
+
+
 @needs_native
 def test_input_and_intermediate_values_survive() -> None:
     """Layers write over the residual: never over the caller's tensor, nor over what a later layer reads."""
