@@ -106,15 +106,16 @@ GP_INLINE void store_span(float* p, V v, Span s) { copy_span(p, reinterpret_cast
 GP_INLINE V keep_span(V v, Span s) { return load_span(V{}, reinterpret_cast<const float*>(&v), s); }
 #endif
 
-// Lane i is lane 2i of a and b, one after the other.
-GP_INLINE V even_lanes(V a, V b) {
+// Lane i is lane 2i, or 2i + 1 if ODD, of a and b, one after the other.
+template <int ODD>
+GP_INLINE V every_other(V a, V b) {
 #if defined(__clang__)
   V y;
-  for (int i = 0; i < L; i++) y[i] = i < L / 2 ? a[2 * i] : b[2 * i - L];
+  for (int i = 0; i < L; i++) y[i] = i < L / 2 ? a[2 * i + ODD] : b[2 * i + ODD - L];
   return y;
 #else
   M from;
-  for (int i = 0; i < L; i++) from[i] = 2 * i;
+  for (int i = 0; i < L; i++) from[i] = 2 * i + ODD;
   return __builtin_shuffle(a, b, from);
 #endif
 }
@@ -788,12 +789,12 @@ GP_INLINE V finish_taps(const Depthwise& d, V a, float* to, int64_t live) {
 }
 
 // The same for a vector of each of N rows `pitch` apart; returns the sum of |y| without the first `skip` ones.
-template <int N, bool POOL>
+template <int N>
 GP_TARGET static V finish_rows(V bias, V gain, Activation activation, const V* a, float* to, int64_t pitch, int64_t live,
                                int64_t skip) {
   V y[N], total = V{};
-  GP_UNROLL for (int r = 0; r < N; r++) y[r] = POOL ? a[r] : (a[r] + bias) * gain;
-  if (!POOL) activate_all<N>(y, activation);
+  GP_UNROLL for (int r = 0; r < N; r++) y[r] = (a[r] + bias) * gain;
+  activate_all<N>(y, activation);
   if (live >= L)
     GP_UNROLL for (int r = 0; r < N; r++) store(to + r * pitch, y[r]);
   else
@@ -834,108 +835,29 @@ GP_TARGET static void over_taps(const Depthwise& d, float* sum) {
   if (sum) *sum += hsum(total);
 }
 
-// Four rows of the output at once, so that what is read of x serves several of them. For K × K taps whose rows lie half as
-// far apart as those of the output.
-template <int K, bool POOL>
-GP_TARGET static void over_rows(const Depthwise& d, float* sum) {
-  constexpr int ROWS = 4, S = 2;
-  const V bias = splat(d.bias), gain = splat(d.gain);
-  V total = V{};
-  const int64_t pitch = d.row_pitch / S;
-  for (int64_t h = 0, next; h < d.height; h = next) {
-    next = h + ROWS;
+// A pooling over K × K pixels, four rows of the output at once, so that what is read of x serves several of them; the taps'
+// rows lie half as far apart as those of the output.
+template <int K>
+GP_TARGET static void pool_rows(const Depthwise& d) {
+  constexpr int ROWS = 4;
+  for (int64_t h = 0; h < d.height; h += ROWS) {
     const int64_t first = std::min(h, d.height - ROWS);  // the last rows once more, if they do not fill a step
     for (int64_t w = 0; w < d.width; w += L) {
       V a[ROWS];
       const float* x = d.x + first * d.row_pitch + w;
-      GP_UNROLL for (int r = 0; r < ROWS; r++) a[r] = POOL ? load(x + r * d.row_pitch + d.tap_offset[0]) : V{};
-      GP_UNROLL for (int i = 0; i < (ROWS - 1) * S + K; i++)
+      GP_UNROLL for (int r = 0; r < ROWS; r++) a[r] = load(x + r * d.row_pitch + d.tap_offset[0]);
+      GP_UNROLL for (int i = 0; i < (ROWS - 1) * 2 + K; i++)
         GP_UNROLL for (int j = 0; j < K; j++) {
-          const V xi = load(x + i * pitch + d.tap_offset[j]);
-          GP_UNROLL for (int r = 0; r < ROWS; r++) {
-            const int t = i - r * S;
-            if (t < 0 || t >= K) continue;
-            if (POOL)
-              a[r] = vmax_nan(xi, a[r]);
-            else
-              a[r] += splat(d.weight[t * K + j]) * xi;
-          }
+          const V xi = load(x + i * (d.row_pitch / 2) + d.tap_offset[j]);
+          GP_UNROLL for (int r = 0; r < ROWS; r++)
+            if (i - 2 * r >= 0 && i - 2 * r < K) a[r] = vmax_nan(xi, a[r]);
         }
-      total += finish_rows<ROWS, POOL>(bias, gain, d.activation, a, d.y + first * d.width + w, d.width, d.width - w, h - first);
+      for (int r = 0; r < ROWS; r++) finish_taps<true>(d, a[r], d.y + (first + r) * d.width + w, d.width - w);
     }
   }
-  if (sum) *sum += hsum(total);
 }
 
-// The sums of ROWS rows and NV vectors of pixels from column w on, of a plane that is not padded: there is padding where
-// `row` is null and, if EDGE, where lanes are not in `inner`.
-template <int K, int ROWS, int NV, bool EDGE>
-GP_INLINE void taps_of_plane(const float* const* row, int64_t w, const V* weight, const Lanes (*inner)[K], V (*a)[ROWS]) {
-  V sum[NV][ROWS] = {};  // in registers, as `a` is not
-  GP_UNROLL for (int i = 0; i < ROWS + K - 1; i++) {
-    if (!row[i]) continue;
-    GP_UNROLL for (int j = 0; j < K; j++) {
-      V x[NV];
-      GP_UNROLL for (int v = 0; v < NV; v++) {
-        const float* p = row[i] + w + v * L + j;
-        x[v] = EDGE ? load_lanes(p, inner[v][j]) : load(p);
-      }
-      GP_UNROLL for (int r = 0; r < ROWS; r++) {
-        const int t = i - r;
-        if (t < 0 || t >= K) continue;
-        const V s = weight[t * K + j];
-        GP_UNROLL for (int v = 0; v < NV; v++) sum[v][r] = multiply_add(sum[v][r], x[v], s);
-      }
-    }
-  }
-  GP_UNROLL for (int v = 0; v < NV; v++)
-    GP_UNROLL for (int r = 0; r < ROWS; r++) a[v][r] = sum[v][r];
-}
-
-// Those vectors of rows `first` …, of which `skip` are there already; returns the sum of |y|.
-template <int K, int ROWS, int NV>
-GP_INLINE V part_of_plane(const Depthwise& d, const float* const* row, const V* weight, int64_t first, int64_t skip, int64_t w) {
-  V a[NV][ROWS], total = V{};
-  if (w >= d.left && w + NV * L + K - 1 <= d.in_width + d.left) {
-    taps_of_plane<K, ROWS, NV, false>(row, w, weight, nullptr, a);
-  } else {
-    Lanes inner[NV][K];
-    for (int64_t v = 0; v < NV; v++)
-      for (int64_t j = 0; j < K; j++) {
-        const int64_t column = w + v * L + j - d.left;  // of the first lane
-        inner[v][j] = lanes_between(std::min<int64_t>(L, std::max<int64_t>(0, -column)),
-                                    std::min<int64_t>(L, std::max<int64_t>(0, d.in_width - column)));
-      }
-    taps_of_plane<K, ROWS, NV, true>(row, w, weight, inner, a);
-  }
-  for (int64_t v = 0; v < NV; v++, w += L)
-    total += finish_rows<ROWS, false>(splat(d.bias), splat(d.gain), d.activation, a[v], d.y + first * d.width + w, d.width,
-                                      d.width - w, skip);
-  return total;
-}
-
-// Stride 1, in the same way, from the plane itself: of small planes copying takes as long as computing.
-template <int K>
-GP_TARGET static void over_plane(const Depthwise& d, float* sum) {
-  constexpr int ROWS = 4;
-  V weight[K * K], total = V{};
-  for (int t = 0; t < K * K; t++) weight[t] = splat(d.weight[t]);
-  for (int64_t h = 0, next; h < d.height; h = next) {
-    next = h + ROWS;
-    const int64_t first = std::min(h, d.height - ROWS);
-    const float* row[ROWS + K - 1];
-    for (int64_t i = 0; i < ROWS + K - 1; i++) {
-      const int64_t at = first + i - d.top;
-      row[i] = at >= 0 && at < d.in_height ? d.x + at * d.in_width - d.left : nullptr;
-    }
-    int64_t w = 0;
-    for (; w + L < d.width; w += 2 * L) total += part_of_plane<K, ROWS, 2>(d, row, weight, first, h - first, w);
-    if (w < d.width) total += part_of_plane<K, ROWS, 1>(d, row, weight, first, h - first, w);
-  }
-  if (sum) *sum += hsum(total);
-}
-
-// Whether `over_rows` may compute it.
+// Whether `pool_rows` may compute it.
 template <int K>
 static bool in_rows(const Depthwise& d) {
   if (d.taps != K * K || d.height < 4) return false;
@@ -944,13 +866,91 @@ static bool in_rows(const Depthwise& d) {
   return d.row_pitch % 2 == 0;
 }
 
+// The sums of ROWS rows and NV vectors of pixels from column w on, of K × K taps and stride S, from a plane that is not
+// padded: there is padding where `row` is null and, if EDGE, where lanes are not in `inner`, of each vector of a row.
+template <int K, int S, int ROWS, int NV, bool EDGE>
+GP_INLINE void taps_of_plane(const float* const* row, int64_t w, const V* weight, const Lanes (*inner)[S * NV], V (*a)[ROWS]) {
+  V sum[NV][ROWS] = {};  // in registers, as `a` is not
+  GP_UNROLL for (int i = 0; i < (ROWS - 1) * S + K; i++) {
+    if (!row[i]) continue;
+    GP_UNROLL for (int j0 = 0; j0 < K; j0 += S) {
+      V part[S * NV], x[S][NV];  // S taps at once
+      GP_UNROLL for (int v = 0; v < S * NV; v++) {
+        const float* from = row[i] + w * S + v * L + j0;
+        part[v] = EDGE ? load_lanes(from, inner[j0 / S][v]) : load(from);
+      }
+      GP_UNROLL for (int v = 0; v < NV; v++)
+        if constexpr (S == 1) {
+          x[0][v] = part[v];
+        } else {
+          x[0][v] = every_other<0>(part[2 * v], part[2 * v + 1]);
+          x[1][v] = every_other<1>(part[2 * v], part[2 * v + 1]);
+        }
+      GP_UNROLL for (int j = j0; j < std::min(K, j0 + S); j++)
+        GP_UNROLL for (int r = 0; r < ROWS; r++) {
+          const int t = i - r * S;
+          if (t < 0 || t >= K) continue;
+          const V s = weight[t * K + j];
+          GP_UNROLL for (int v = 0; v < NV; v++) sum[v][r] = multiply_add(sum[v][r], x[j - j0][v], s);
+        }
+    }
+  }
+  GP_UNROLL for (int v = 0; v < NV; v++)
+    GP_UNROLL for (int r = 0; r < ROWS; r++) a[v][r] = sum[v][r];
+}
+
+// Those vectors of rows `first` …, of which `skip` are there already; returns the sum of |y|.
+template <int K, int S, int ROWS, int NV>
+GP_INLINE V part_of_plane(const Depthwise& d, const float* const* row, const V* weight, int64_t first, int64_t skip, int64_t w) {
+  V a[NV][ROWS], total = V{};
+  const int64_t begin = w * S - d.left;
+  if (begin >= 0 && begin + S * NV * L + K - 1 <= d.in_width) {
+    taps_of_plane<K, S, ROWS, NV, false>(row, w, weight, nullptr, a);
+  } else {
+    Lanes inner[(K + S - 1) / S][S * NV];
+    for (int64_t j = 0; j < K; j += S)
+      for (int64_t v = 0; v < S * NV; v++) {
+        const int64_t column = begin + v * L + j;  // of the first lane
+        inner[j / S][v] = lanes_between(std::min<int64_t>(L, std::max<int64_t>(0, -column)),
+                                        std::min<int64_t>(L, std::max<int64_t>(0, d.in_width - column)));
+      }
+    taps_of_plane<K, S, ROWS, NV, true>(row, w, weight, inner, a);
+  }
+  for (int64_t v = 0; v < NV; v++, w += L)
+    total += finish_rows<ROWS>(splat(d.bias), splat(d.gain), d.activation, a[v], d.y + first * d.width + w, d.width,
+                               d.width - w, skip);
+  return total;
+}
+
+// A convolution of K × K taps and stride S from the plane itself, four rows of the output at once: of small planes copying
+// takes as long as computing.
+template <int K, int S>
+GP_TARGET static void over_plane(const Depthwise& d, float* sum) {
+  constexpr int ROWS = 4, READ = (ROWS - 1) * S + K, MANY = S == 1 ? 2 : 1;
+  V weight[K * K], total = V{};
+  for (int t = 0; t < K * K; t++) weight[t] = splat(d.weight[t]);
+  for (int64_t h = 0, next; h < d.height; h = next) {
+    next = h + ROWS;
+    const int64_t first = std::min(h, d.height - ROWS);
+    const float* row[READ];
+    for (int64_t i = 0; i < READ; i++) {
+      const int64_t at = first * S + i - d.top;
+      row[i] = at >= 0 && at < d.in_height ? d.x + at * d.in_width - d.left : nullptr;
+    }
+    int64_t w = 0;
+    for (; w + (MANY - 1) * L < d.width; w += MANY * L)
+      total += part_of_plane<K, S, ROWS, MANY>(d, row, weight, first, h - first, w);
+    if (w < d.width) total += part_of_plane<K, S, ROWS, 1>(d, row, weight, first, h - first, w);
+  }
+  if (sum) *sum += hsum(total);
+}
+
 GP_TARGET static void depthwise(const Depthwise& d, float* sum) {
-  if (!d.tap_offset) return d.taps == 9 ? over_plane<3>(d, sum) : d.taps == 25 ? over_plane<5>(d, sum) : over_plane<7>(d, sum);
-  const bool pool = !d.weight;
-  if (pool) return in_rows<3>(d) ? over_rows<3, true>(d, sum) : over_taps<true>(d, sum);
-  if (in_rows<3>(d)) return over_rows<3, false>(d, sum);
-  if (in_rows<5>(d)) return over_rows<5, false>(d, sum);
-  over_taps<false>(d, sum);
+  if (!d.weight) return in_rows<3>(d) ? pool_rows<3>(d) : over_taps<true>(d, sum);
+  if (d.tap_offset) return over_taps<false>(d, sum);
+  if (d.taps == 9) return d.stride == 1 ? over_plane<3, 1>(d, sum) : over_plane<3, 2>(d, sum);
+  if (d.taps == 25) return d.stride == 1 ? over_plane<5, 1>(d, sum) : over_plane<5, 2>(d, sum);
+  d.stride == 1 ? over_plane<7, 1>(d, sum) : over_plane<7, 2>(d, sum);
 }
 
 // sums[c] = sum over tokens of x[t][c], or of |x[t][c]|.
@@ -973,7 +973,7 @@ GP_INLINE void add_tokens(const float* x, int64_t tokens, int64_t channels, floa
       const V one = load_part(x + t * channels + c, live);
       a += SIGNED ? one : vabs(one);
     }
-    store_part(sums + c, a, live);
+    live == L ? store(sums + c, a) : store_part(sums + c, a, live);
   }
 }
 GP_TARGET static void sum_tokens(const float* x, int64_t tokens, int64_t channels, bool is_signed, float* sums) {
@@ -1038,7 +1038,7 @@ GP_INLINE V every(const float* x, int64_t live) {
   for (int i = 0; i < S; i++)
     part[i] = live >= (i + 1) * L ? load(x + i * L) : live > i * L ? load_part(x + i * L, live - i * L) : V{};
   for (int n = S; n > 1; n /= 2)
-    for (int i = 0; i < n / 2; i++) part[i] = even_lanes(part[2 * i], part[2 * i + 1]);
+    for (int i = 0; i < n / 2; i++) part[i] = every_other<0>(part[2 * i], part[2 * i + 1]);
   return part[0];
 }
 template <int S>

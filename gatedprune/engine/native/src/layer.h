@@ -49,8 +49,8 @@ struct Layer {
 };
 
 // One channel of a depthwise convolution or, without weights, of a max pooling: x is a padded copy. Or, without
-// `tap_offset`, the plane itself, where the stride and the dilation are 1, taps are 9, 25 or 49 in a square and the height of
-// the output is 4 at least.
+// `tap_offset`, the plane itself, where the dilation is 1, the stride 1 or 2, taps are 9, 25 or 49 in a square and the height
+// of the output is 4 at least.
 struct Depthwise {
   const float* x;
   int64_t taps;
@@ -60,7 +60,7 @@ struct Depthwise {
   float bias, gain;
   Activation activation;
   float* y;
-  int64_t top = 0, left = 0, in_height = 0, in_width = 0;  // of the plane itself: its padding, and its size
+  int64_t stride = 0, top = 0, left = 0, in_height = 0, in_width = 0;  // of the plane itself: its padding, and its size
 };
 
 // How a channel's plane, (height, width), is copied with its padding, so that a kernel needs no edges: `rows`, every

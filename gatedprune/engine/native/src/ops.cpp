@@ -334,8 +334,8 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
   const int64_t height = winograd ? (Ho + 1) / 2 : Ho, width = winograd ? (Wo + 1) / 2 : Wo;  // in tiles or pixels
   const bool one_each = !direct && !winograd && K == 1 && R == 1 && !residual;  // depthwise
   const int64_t side = kernel_size[0];
-  const bool whole_plane = one_each && all(kernel_size, side) && (side == 3 || side == 5 || side == 7) && all(stride, 1) &&
-                           all(dilation, 1) && Ho >= 4;
+  const bool whole_plane = one_each && all(kernel_size, side) && (side == 3 || side == 5 || side == 7) &&
+                           (all(stride, 1) || all(stride, 2)) && all(dilation, 1) && Ho >= 4;
   optional<Padded> p;
   if (winograd) {
     const int64_t taps_of_tile = phases ? 9 : 4, apart = phases ? 4 : 2;
@@ -362,7 +362,7 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     auto run = [&](int64_t i, const float* plane) {
       const int64_t r = i % G, s = i / G / repeat, o = o_ ? o_[s * R_all + r] : r;
       const Depthwise d{plane, taps, shift, Ho, Wo, pitch, w + o * ldw + (i_ ? i_[s] * taps : 0), b_ ? b_[o] : 0.f,
-                        g_ ? g_[s * R_all + r] : 1.f, act, out + i * N, padding[0], padding[1], H, W};
+                        g_ ? g_[s * R_all + r] : 1.f, act, out + i * N, stride[0], padding[0], padding[1], H, W};
       kernel.depthwise(d, sum_of ? sum_of + i : nullptr);
     };
     if (p)
