@@ -136,6 +136,21 @@ def test_depthwise(seed: int, size: tuple[int, int], kernel: tuple[int, int], st
     torch.testing.assert_close(mean.double(), subsample(want), **CLOSE)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_depthwise_of_small_planes(kernel: int, stride: int) -> None:
+    """Rows that do not fill a step of four, edges on both sides of a vector, a map that is nearly all padding."""
+    g = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(6, 1, kernel, kernel, generator=g), torch.randn(6, generator=g)
+    for height, width, padding in [(7, 7, kernel // 2), (14, 13, kernel // 2), (19, 45, 1), (33, 70, 0), (9, 1, 6)]:
+        x = torch.randn(2, 6, height, width, generator=g)
+        options = ([stride] * 2, [padding] * 2, [1, 1])
+        found, mean = ops.conv2d(x, weight, bias, None, None, None, None, *options, 6, True, "relu6", True)
+        want = F.conv2d(x.double(), weight.double(), bias.double(), *options, 6).clamp(0, 6)
+        torch.testing.assert_close(found.double(), want, **CLOSE)
+        torch.testing.assert_close(mean.double(), want.mean((2, 3)), **CLOSE)
+
+
 @given(
     seed=st.integers(0, 10_000), batch=st.integers(1, 3), tokens=st.integers(1, 150), cin=st.integers(1, 200),
     cout=st.integers(1, 90), some=st.tuples(*[st.booleans()] * 5), columns=st.tuples(st.booleans(), st.booleans()),

@@ -238,9 +238,9 @@ GP_INLINE void activate_all(V* v, Activation a) {
 
 // n floats, of whole vectors, in their place.
 GP_INLINE void activate_run(float* x, int64_t n, Activation a) {
-  constexpr int64_t MANY = 4 * L;
+  if (a == Activation::none) return;
   int64_t i = 0;
-  for (; i + MANY <= n && a != Activation::none; i += MANY) activate_all<4>((V*)(x + i), a);
+  for (; i + 4 * L <= n; i += 4 * L) activate_all<4>((V*)(x + i), a);
   for (; i < n; i += L) *(V*)(x + i) = activate(*(const V*)(x + i), a);
 }
 
@@ -869,7 +869,8 @@ static bool in_rows(const Depthwise& d) {
 // The sums of ROWS rows and NV vectors of pixels from column w on, of K × K taps and stride S, from a plane that is not
 // padded: there is padding where `row` is null and, if EDGE, where lanes are not in `inner`, of each vector of a row.
 template <int K, int S, int ROWS, int NV, bool EDGE>
-GP_INLINE void taps_of_plane(const float* const* row, int64_t w, const V* weight, const Lanes (*inner)[S * NV], V (*a)[ROWS]) {
+GP_INLINE void taps_of_plane(const float* const* row, int64_t w, const V* weight, const Lanes (*inner)[S * NV],
+                             V (*a)[ROWS]) {
   V sum[NV][ROWS] = {};  // in registers, as `a` is not
   GP_UNROLL for (int i = 0; i < (ROWS - 1) * S + K; i++) {
     if (!row[i]) continue;
@@ -901,7 +902,8 @@ GP_INLINE void taps_of_plane(const float* const* row, int64_t w, const V* weight
 
 // Those vectors of rows `first` …, of which `skip` are there already; returns the sum of |y|.
 template <int K, int S, int ROWS, int NV>
-GP_INLINE V part_of_plane(const Depthwise& d, const float* const* row, const V* weight, int64_t first, int64_t skip, int64_t w) {
+GP_INLINE V part_of_plane(const Depthwise& d, const float* const* row, const V* weight, int64_t first, int64_t skip,
+                          int64_t w) {
   V a[NV][ROWS], total = V{};
   const int64_t begin = w * S - d.left;
   if (begin >= 0 && begin + S * NV * L + K - 1 <= d.in_width) {
