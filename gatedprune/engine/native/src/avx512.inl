@@ -16,7 +16,6 @@ GP_PARTIAL __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
 GP_PARTIAL V load_part(const float* p, int64_t n) { return (V)_mm512_maskz_loadu_ps(first(n), p); }
 GP_PARTIAL void store_part(float* p, V v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
 typedef __mmask16 Lanes;
-GP_PARTIAL Lanes lanes_from(int64_t lane) { return (Lanes)(0xffffu << lane); }
 GP_PARTIAL V load_over(V x, const float* p, Lanes m) { return (V)_mm512_mask_loadu_ps((__m512)x, m, p); }
 GP_PARTIAL V keep_part(V v, int64_t n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
 GP_PARTIAL Lanes lanes_between(int64_t from, int64_t to) { return to > from ? (Lanes)((1u << to) - (1u << from)) : (Lanes)0; }

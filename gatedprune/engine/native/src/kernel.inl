@@ -62,27 +62,21 @@ GP_INLINE float hsum(V a) {
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
 #ifndef GP_PARTIAL
-// The lanes from one on; a vector in which they are loaded over what is there.
+// Lanes [from, to), which need not be any; loaded over what is there, or with zeros for the others.
 typedef M Lanes;
-GP_INLINE Lanes lanes_from(int64_t lane) {
-  Lanes m;
-  for (int64_t i = 0; i < L; i++) m[i] = i >= lane ? -1 : 0;
-  return m;
-}
-GP_INLINE V load_over(V x, const float* p, Lanes m) { return m ? load(p) : x; }
-// Lanes [from, to), which need not be any; loaded, with zeros for the others.
 GP_INLINE Lanes lanes_between(int64_t from, int64_t to) {
   Lanes m;
   for (int64_t i = 0; i < L; i++) m[i] = i >= from && i < to ? -1 : 0;
   return m;
 }
+GP_INLINE V load_over(V x, const float* p, Lanes m) { return m ? load(p) : x; }
 GP_INLINE V load_lanes(const float* p, Lanes m) {
   V v = V{};
   for (int64_t i = 0; i < L; i++)
     if (m[i]) v[i] = p[i];
   return v;
 }
-// The first n < L values; the others are zero.
+// The first n values, the others are zero; n < L but for loads.
 GP_INLINE V load_part(const float* p, int64_t n) {
   V v = V{};
   std::memcpy(&v, p, n * sizeof(float));
@@ -105,6 +99,8 @@ GP_INLINE V load_span(V x, const float* p, Span s) {
 GP_INLINE void store_span(float* p, V v, Span s) { copy_span(p, reinterpret_cast<const float*>(&v), s); }
 GP_INLINE V keep_span(V v, Span s) { return load_span(V{}, reinterpret_cast<const float*>(&v), s); }
 #endif
+
+GP_INLINE Lanes lanes_from(int64_t lane) { return lanes_between(lane, L); }
 
 // Lane i is lane 2i, or 2i + 1 if ODD, of a and b, one after the other.
 template <int ODD>

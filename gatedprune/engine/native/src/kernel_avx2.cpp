@@ -36,7 +36,6 @@ GP_PARTIAL void store_part(float* p, V v, int64_t n) {
   if (n & 1) _mm_store_ss(p, part);
 }
 typedef __m256i Lanes;
-GP_PARTIAL Lanes lanes_from(int64_t lane) { return _mm256_xor_si256(first(lane), _mm256_set1_epi32(-1)); }
 GP_PARTIAL V load_over(V x, const float* p, Lanes m) {
   return (V)_mm256_blendv_ps((__m256)x, _mm256_loadu_ps(p), _mm256_castsi256_ps(m));
 }

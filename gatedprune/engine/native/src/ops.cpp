@@ -356,14 +356,14 @@ std::tuple<Tensor, Tensor> convolve(const Tensor& x_, const Tensor& weight_, con
     const float* w = single.const_data_ptr<float>();
     const int64_t ldw = single.stride(0);
     // Once, not for each plane: of a small one asking for the pointers takes as long as the arithmetic.
-    const float *b_ = bias ? bias->const_data_ptr<float>() : nullptr, *g_ = row_of<float>(gain, 0);
-    const int64_t *o_ = row_of<int64_t>(out_index, 0), *i_ = row_of<int64_t>(in_index, 0);
-    const int64_t* shift = p ? p->tap_offset.data() : nullptr;
+    const float *biases = bias ? bias->const_data_ptr<float>() : nullptr, *gains = row_of<float>(gain, 0);
+    const int64_t *rows = row_of<int64_t>(out_index, 0), *columns = row_of<int64_t>(in_index, 0);
+    const int64_t* tap_offset = p ? p->tap_offset.data() : nullptr;
     const int64_t pitch = p ? p->row_pitch : 0, H = x.size(2), W = x.size(3);
     auto run = [&](int64_t i, const float* plane) {
-      const int64_t r = i % G, s = i / G / repeat, o = o_ ? o_[s * R_all + r] : r;
-      const Depthwise d{plane, taps, shift, Ho, Wo, pitch, w + o * ldw + (i_ ? i_[s] * taps : 0), b_ ? b_[o] : 0.f,
-                        g_ ? g_[s * R_all + r] : 1.f, act, out + i * N,
+      const int64_t r = i % G, s = i / G / repeat, o = rows ? rows[s * R_all + r] : r;
+      const Depthwise d{plane, taps, tap_offset, Ho, Wo, pitch, w + o * ldw + (columns ? columns[s] * taps : 0),
+                        biases ? biases[o] : 0.f, gains ? gains[s * R_all + r] : 1.f, act, out + i * N,
                         stride[0], padding[0], padding[1], H, W};
       kernel.depthwise(d, sum_of ? sum_of + i : nullptr);
     };
@@ -608,7 +608,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const optional<Tensor>& b
   return y;
 }
 
-// Mean of |x| over everything but batch and channels, which are the second or the last dimension → (B, C).
+// Mean of |x|, or of x, over everything but batch and channels, which are the second or the last dimension → (B, C).
 Tensor subsample(const Tensor& x_, int64_t channel_dim, bool is_signed) {
   TORCH_CHECK(x_.dim() >= 2 && x_.scalar_type() == at::kFloat, "x must be (B, C, …) or (B, …, C), float32");
   TORCH_CHECK(channel_dim == 1 || channel_dim == x_.dim() - 1, "channels must be the second or the last dimension");
