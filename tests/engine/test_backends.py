@@ -21,10 +21,10 @@ needs_native = pytest.mark.skipif(not native.load(), reason=f"no native engine h
 MODELS = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "test_nfnet", "test_mambaout"]
 
 
-def gate_up(name: str) -> tuple[GatedModel, Tensor]:
+def gate_up(name: str, **options: Any) -> tuple[GatedModel, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(3, 3, *timm.get_pretrained_cfg(name).input_size[1:])
-    gated = wrap(enliven(timm.create_model(name)).eval(), example_inputs=x)
+    gated = wrap(enliven(timm.create_model(name)).eval(), example_inputs=x, **options)
     return excite(gated, (x,)), x
 
 
@@ -39,6 +39,17 @@ def test_native_equals_plain_pytorch(name: str) -> None:
     same = all(torch.equal(fast.last_active[n], plain.last_active[n]) for n in gated.gates)
     assert same, "near ties in float32 chose other channels: take another seed"
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
+def test_signed_gates_see_the_mean_as_it_is(name: str) -> None:
+    gated, x = gate_up(name, signed=True)
+    fast = compact(gated, x, backend="native")
+    with torch.no_grad():
+        found, wanted = fast(x), gated(x)
+    assert all(torch.equal(fast.last_active[n], gate.last_active) for n, gate in gated.gates.items())
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 @needs_native
