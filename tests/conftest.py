@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from .exports import RememberedExports
+
 ROOT = Path(__file__).resolve().parent.parent
+TRACING = importlib.import_module("gatedprune.sites.capture")  # its package has a function of this name
 
 # Shared machines stall now and then, and emulated ones are slow: a deadline, or a check of how long examples take to
 # draw, would turn that into a failure that says nothing about the code.
@@ -31,6 +35,18 @@ def seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exports() -> RememberedExports:
+    """What this process has traced so far."""
+    return RememberedExports(TRACING._exported)
+
+
+@pytest.fixture(autouse=True)
+def remembered_exports(exports: RememberedExports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are built alike are traced once; tests of tracing itself have another fixture of this name."""
+    monkeypatch.setattr(TRACING, "_exported", exports)
 
 
 @pytest.fixture(scope="session")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import timm
 
 from gatedprune.errors import ModelError
 from gatedprune.testing import Case, Check, parametrize_checks
 
-# Small images: what is checked does not depend on the size. Models with position embeddings take it as an
-# argument.
-CONVOLUTIONAL: dict[str, Any] = {"size": 64}
-POSITIONAL: dict[str, Any] = {"size": 64, "img_size": 64}
+from .tiny import SIZE, create
 
-# Model → its size and the reference of contract 2. Where torch-pruning is able it must be used, so that no failure of
+# Model → the reference of contract 2. Where torch-pruning is able it must be used, so that no failure of
 # it passes unseen; for the others this is what it does with them (version 1.6.1).
 NO_END = "columns"  # does not come to an end
 LOSES_LAYER = "columns"  # "a layer would lose all of its channels"
@@ -23,25 +18,25 @@ FIXED_VIEW = "columns"  # a channel count is written into forward()
 GROUPS = "columns"  # leaves the number of a norm's groups as it was
 OTHERS = "columns"  # narrows other dimensions than those of the sites
 
-MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "test_byobnet": (CONVOLUTIONAL, "torch-pruning"),
-    "test_coatnet": (POSITIONAL, NO_END),
-    "test_convnext": (CONVOLUTIONAL, "torch-pruning"),
-    "test_convnext2": (CONVOLUTIONAL, "torch-pruning"),
-    "test_convnext3": (CONVOLUTIONAL, "torch-pruning"),
-    "test_efficientnet": (CONVOLUTIONAL, "torch-pruning"),
-    "test_efficientnet_evos": (CONVOLUTIONAL, OTHERS),
-    "test_efficientnet_gn": (CONVOLUTIONAL, GROUPS),
-    "test_efficientnet_ln": (CONVOLUTIONAL, "torch-pruning"),
-    "test_mambaout": (CONVOLUTIONAL, LOSES_LAYER),
-    "test_maxvit": (POSITIONAL, NO_END),
-    "test_nfnet": (CONVOLUTIONAL, OTHERS),
-    "test_resnet": (CONVOLUTIONAL, "torch-pruning"),
-    "test_vit": (POSITIONAL, FIXED_VIEW),
-    "test_vit2": (POSITIONAL, FIXED_VIEW),
-    "test_vit3": (POSITIONAL, FIXED_VIEW),
-    "test_vit4": (POSITIONAL, FIXED_VIEW),
-    "test_vit_relpos": (POSITIONAL, LOSES_LAYER),
+MODELS = {
+    "test_byobnet": "torch-pruning",
+    "test_coatnet": NO_END,
+    "test_convnext": "torch-pruning",
+    "test_convnext2": "torch-pruning",
+    "test_convnext3": "torch-pruning",
+    "test_efficientnet": "torch-pruning",
+    "test_efficientnet_evos": OTHERS,
+    "test_efficientnet_gn": GROUPS,
+    "test_efficientnet_ln": "torch-pruning",
+    "test_mambaout": LOSES_LAYER,
+    "test_maxvit": NO_END,
+    "test_nfnet": OTHERS,
+    "test_resnet": "torch-pruning",
+    "test_vit": FIXED_VIEW,
+    "test_vit2": FIXED_VIEW,
+    "test_vit3": FIXED_VIEW,
+    "test_vit4": FIXED_VIEW,
+    "test_vit_relpos": LOSES_LAYER,
 }
 
 
@@ -52,14 +47,7 @@ HERE = [name for name in MODELS if SINCE.get(name, (0,)) <= INSTALLED]
 
 
 def case(name: str, stream: bool) -> Case:
-    options, oracle = MODELS[name]
-    options = dict(options)
-    size = options.pop("size")
-
-    def make() -> Any:
-        return timm.create_model(name, num_classes=10, **options)
-
-    return Case(make, size=size, stream=stream, name=name, oracle=oracle)
+    return Case(lambda: create(name), size=SIZE, stream=stream, name=name, oracle=MODELS[name])
 
 
 # One model of a kind with the residual stream's sites too: they come from the same rules.

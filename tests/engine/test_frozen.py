@@ -21,7 +21,6 @@ MODELS = [
     "test_convnext",
     "test_vit",
     "test_nfnet",
-    "test_mambaout",
     "test_byobnet",
 ]
 

@@ -20,13 +20,15 @@ from gatedprune.engine.program import Programs, record
 from gatedprune.testing.case import enliven, excite
 from gatedprune.wrapping import GatedModel
 
+from ..tiny import SIZE, create
+
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"no native engine here: {native.build_error()}")
 
 
-def gate_up(name: str, batch: int = 3) -> tuple[GatedModel, Tensor]:
+def gate_up(name: str, batch: int = 3, size: int = 160) -> tuple[GatedModel, Tensor]:
     torch.manual_seed(0)
-    x = torch.randn(batch, 3, *timm.get_pretrained_cfg(name).input_size[1:])
-    return excite(wrap(enliven(timm.create_model(name)).eval(), example_inputs=x), (x,)), x
+    x = torch.randn(batch, 3, size, size)
+    return excite(wrap(enliven(create(name)).eval(), example_inputs=x), (x,)), x
 
 
 def program_of(fast: CompactModel, x: Tensor) -> Any:
@@ -61,7 +63,7 @@ def called(fast: CompactModel, x: Tensor) -> Callable[[], int]:
 
 @pytest.mark.parametrize("name", timm.list_models("test_*"))
 def test_equals_the_graph(name: str) -> None:
-    gated, x = gate_up(name)
+    gated, x = gate_up(name, size=SIZE)
     fast = compact(gated, x)
     graph = fast.prepare(x)
     for images in (x, x[:1], torch.randn_like(x)):

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import warnings
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from gatedprune.sites import capture, find_sites
 
 IMAGES = torch.zeros(2, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def remembered_exports() -> None:
+    """Every model is traced."""
 
 
 class Caching(nn.Module):
