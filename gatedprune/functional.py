@@ -5,6 +5,7 @@ Sources: the monocular-depth paper (doi 10.18280/mmep.090221), equations 4–7, 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,10 +47,37 @@ def subsample(x: Tensor, channel_dim: int = 1, signed: bool = False, dtype: torc
         (B, C).
     """
     dims = [d for d in range(1, x.dim()) if d != channel_dim % x.dim()]
+    if dims and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        mean: Tensor = _Mean.apply(x, dims, signed, dtype)
+        return mean
     values = x if signed else x.abs()
     if dims:
         return values.mean(dims, dtype=dtype)
     return values if dtype is None else values.to(dtype)
+
+
+def _rectified(x: Tensor) -> bool:
+    """Whether a rectifier wrote x: then |x| is x, and where x is 0 no gradient gets through."""
+    return x.grad_fn is not None and x.grad_fn.name() == "ReluBackward0"
+
+
+class _Mean(torch.autograd.Function):
+    """The mean of x, or of |x|, whose gradient is not written out for every place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: list[int], signed: bool, dtype: torch.dtype | None) -> Tensor:
+        ctx.dims, ctx.as_it_is = dims, signed or _rectified(x)
+        # Whatever wrote it: checkpointing runs it again on an input that nothing wrote, and wants the same tensors.
+        ctx.save_for_backward(x)
+        return (x if ctx.as_it_is else x.abs()).mean(dims, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        each = (gradients[0] / math.prod(x.shape[d] for d in ctx.dims)).to(x.dtype)
+        for d in ctx.dims:
+            each = each.unsqueeze(d)
+        return each.expand(x.shape) if ctx.as_it_is else x.sgn() * each, None, None, None
 
 
 def saliency(s: Tensor, weight: Tensor, bias: Tensor, reduce: Tensor | None = None) -> Tensor:

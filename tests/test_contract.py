@@ -53,8 +53,6 @@ def case(name: str, stream: bool) -> Case:
 # One model of a kind with the residual stream's sites too: they come from the same rules.
 WITH_STREAM = (
     "test_byobnet",
-    "test_coatnet",
-    "test_convnext2",
     "test_efficientnet",
     "test_mambaout",
     "test_nfnet",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,6 +196,37 @@ def test_straight_through_computes_one_thing_and_differentiates_another() -> Non
     assert torch.equal(out, value)
     out.backward(torch.tensor([1.0, 2.0]))
     assert value.grad is None and source.grad is not None and source.grad.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("rectify", [True, False])
+@pytest.mark.parametrize(
+    ("channel_dim", "signed", "dtype"), [(1, False, None), (2, True, None), (1, False, torch.float32)]
+)
+def test_a_subsample_has_the_gradient_of_a_mean(
+    rectify: bool, channel_dim: int, signed: bool, dtype: torch.dtype | None
+) -> None:
+    leaf = torch.randn(2, 5, 4, 3, dtype=torch.float64 if dtype is None else torch.bfloat16).requires_grad_()
+    weight = torch.randn(2, leaf.shape[channel_dim])
+
+    def gradients(mean: Any) -> Tensor:
+        x = leaf.relu() if rectify else leaf * 1
+        return torch.autograd.grad((mean(x) * weight).sum() + x.square().sum(), leaf)[0]
+
+    dims = [d for d in (1, 2, 3) if d != channel_dim]
+    wanted = gradients(lambda x: (x if signed else x.abs()).mean(dims, dtype=dtype))
+    torch.testing.assert_close(gradients(lambda x: subsample(x, channel_dim, signed, dtype)), wanted)
+
+
+def test_what_a_rectifier_wrote_is_its_own_magnitude() -> None:
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    found: dict[bool, Any] = {rectified: subsample(x.relu() if rectified else x).grad_fn for rectified in (True, False)}
+    assert {rectified: node.as_it_is for rectified, node in found.items()} == {True: True, False: False}
+
+
+def test_a_subsample_may_be_differentiated_twice() -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: subsample(x).square(), x)
+    assert torch.autograd.gradcheck(lambda x: subsample(x.relu()), x)
 
 
 def test_a_subsample_may_be_taken_in_another_type() -> None:

@@ -15,6 +15,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def create(name: str) -> Any:
-    """With ten classes."""
-    return timm.create_model(name, num_classes=10, **OPTIONS.get(name, {}))
+def create(name: str, **options: Any) -> Any:
+    """In eval mode, with ten classes unless ``options`` of timm say otherwise."""
+    return timm.create_model(name, **{"num_classes": 10, **OPTIONS.get(name, {}), **options}).eval()

@@ -73,15 +73,15 @@ class GatedModel(nn.Module):
         Raises:
             ModelError: No forward pass has been made since wrapping.
         """
-        terms = [
-            g.last_saliency.sum() / max(g.last_saliency.shape[0], 1)
-            for g in self.gates.values()
-            if g.last_saliency is not None
-        ]
-        if not terms:
+        by_rows: dict[int, list[Tensor]] = {}  # added up together: on a GPU each gate's sum is a launch
+        for gate in self.gates.values():
+            if gate.last_saliency is not None:
+                by_rows.setdefault(len(gate.last_saliency), []).append(gate.last_saliency.flatten())
+        if not by_rows:
             raise ModelError(
                 "penalty() needs a forward pass first: call the gated model, then add penalty() to the loss."
             )
+        terms = [torch.cat(found).sum() / max(rows, 1) for rows, found in by_rows.items()]
         return strength * torch.stack(terms).sum()
 
     def set_ratio(self, ratio: float | Mapping[str, float]) -> None:

@@ -21,6 +21,8 @@ from gatedprune.measure.latency import Latency
 from gatedprune.testing.case import enliven
 from gatedprune.wrapping import wrap
 
+from ..tiny import SIZE, create
+
 pytest.importorskip("torch_pruning")
 
 
@@ -152,14 +154,14 @@ def test_what_compiles_is_compiled_for_both_and_stays(monkeypatch: pytest.Monkey
 @pytest.mark.skipif(not native.load(), reason=f"no native engine here: {native.build_error()}")
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_static_recorded_is_the_static_model(name: str) -> None:
-    model = enliven(timm.create_model(name)).eval()
-    x = torch.randn(1, 3, *model.default_cfg["input_size"][1:])
+    model = enliven(create(name))
+    x = torch.randn(1, 3, SIZE, SIZE)
     recorded = module.RUNTIMES["recorded"](model, x, 1)
     with torch.no_grad():
         torch.testing.assert_close(recorded(x), model(x), rtol=1e-4, atol=1e-4)
     names = [type(m).__name__ for m in model.modules()]
     assert name != "test_resnet" or "BatchNorm2d" in names, "the model itself keeps its norms"
-    found = bench(timm.create_model(name).eval(), [x.shape[2:]], repeats=1, warmup=0, runtimes=["recorded"])
+    found = bench(create(name), [x.shape[2:]], repeats=1, warmup=0, runtimes=["recorded"])
     assert "static, recorded ms" in str(found)
 
 

@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +16,16 @@ from gatedprune.errors import BackendError, ConfigError
 from gatedprune.testing.case import enliven, excite
 from gatedprune.wrapping import GatedModel
 
+from ..tiny import SIZE, create
+
 needs_native = pytest.mark.skipif(not native.load(), reason=f"no native engine here: {native.build_error()}")
 MODELS = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "test_nfnet", "test_mambaout"]
 
 
 def gate_up(name: str, **options: Any) -> tuple[GatedModel, Tensor]:
     torch.manual_seed(0)
-    x = torch.randn(3, 3, *timm.get_pretrained_cfg(name).input_size[1:])
-    gated = wrap(enliven(timm.create_model(name)).eval(), example_inputs=x, **options)
+    x = torch.randn(3, 3, SIZE, SIZE)
+    gated = wrap(enliven(create(name)), example_inputs=x, **options)
     return excite(gated, (x,)), x
 
 

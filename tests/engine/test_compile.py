@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor
 
 import gatedprune
 
+from ..tiny import SIZE, create
+
 
 def gated_model(name: str) -> tuple[Any, Tensor]:
     torch.manual_seed(0)
-    x = torch.randn(2, 3, 64, 64)
-    model = timm.create_model(name, **({"img_size": 64} if "vit" in name else {})).eval()
-    gated = gatedprune.wrap(model, 0.5, example_inputs=x)
+    x = torch.randn(2, 3, SIZE, SIZE)
+    gated = gatedprune.wrap(create(name), 0.5, example_inputs=x)
     with torch.no_grad():
         for gate in gated.gates.values():
             gate.weight.add_(0.3 * torch.randn_like(gate.weight))

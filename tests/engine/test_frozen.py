@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,8 @@ from gatedprune.engine import FrozenModel, freeze, narrow, selection
 from gatedprune.errors import ConfigError, ModelError
 from gatedprune.testing.case import enliven
 from gatedprune.wrapping import GatedModel
+
+from ..tiny import SIZE, create
 
 MODELS = [
     "test_resnet",
@@ -27,8 +28,8 @@ MODELS = [
 
 def gate_up(name: str) -> tuple[GatedModel, Tensor]:
     torch.manual_seed(0)
-    x = torch.randn(3, 3, *timm.get_pretrained_cfg(name).input_size[1:], dtype=torch.float64)
-    return gatedprune.wrap(enliven(timm.create_model(name)).eval().double(), example_inputs=x), x
+    x = torch.randn(3, 3, SIZE, SIZE, dtype=torch.float64)
+    return gatedprune.wrap(enliven(create(name)).double(), example_inputs=x), x
 
 
 def choose(gated: GatedModel) -> dict[str, Tensor]:
@@ -51,7 +52,7 @@ def test_equals_the_masked_model_with_the_same_channels(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), gated(x), rtol=1e-9, atol=1e-9)
         if "vit" not in name:
-            other = x[:, :, :-16, :-16]
+            other = x.repeat(1, 1, 2, 1)[:, :, :-16]
             torch.testing.assert_close(frozen(other), gated(other), rtol=1e-9, atol=1e-9)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,8 @@ from gatedprune.engine.narrow import NarrowConv2d, NarrowLinear
 from gatedprune.engine.selection import Selector
 from gatedprune.testing.case import enliven, excite
 from gatedprune.wrapping import GatedModel
+
+from ..tiny import SIZE, create
 
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"no native engine here: {native.build_error()}")
 
@@ -38,7 +39,7 @@ def check(gated: GatedModel, fast: CompactModel, x: Tensor) -> None:
 
 def test_convolutions_take_in_what_follows() -> None:
     """Otherwise every map would be read and written again for its activation and for the next gate."""
-    gated, x = gate_up(timm.create_model("test_resnet"), 3, 160, 160)
+    gated, x = gate_up(create("test_resnet"), 3, SIZE, SIZE)
     fast = compact(gated, x)
     layers = [m for m in fast.modules() if isinstance(m, NarrowConv2d)]
     assert any(m.activation == "relu" for m in layers) and any(m.subsample for m in layers)
@@ -52,7 +53,7 @@ def test_convolutions_take_in_what_follows() -> None:
 ])  # fmt: skip
 def test_linear_layers_take_in_layer_scale_and_residual(name: str, options: dict, sums: int) -> None:
     """Of tokens, and where channels are moved to the front before they are scaled."""
-    gated, x = gate_up(timm.create_model(name, **options), 3, 160, 160)
+    gated, x = gate_up(create(name, **options), 3, SIZE, SIZE)
     fast = compact(gated, x)
     layers = [m for m in fast.modules() if isinstance(m, NarrowLinear)]
     blocks = sum(path.endswith("mlp.fc2") for path, _ in gated.named_modules())

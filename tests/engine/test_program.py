@@ -61,7 +61,11 @@ def called(fast: CompactModel, x: Tensor) -> Callable[[], int]:
     del graph.__dict__["forward"]
 
 
-@pytest.mark.parametrize("name", timm.list_models("test_*"))
+# Others are made of the same operators as one of these.
+ALIKE = ("test_convnext2", "test_convnext3", "test_efficientnet_evos", "test_efficientnet_ln", "test_vit2", "test_vit4")
+
+
+@pytest.mark.parametrize("name", sorted(set(timm.list_models("test_*")) - set(ALIKE)))
 def test_equals_the_graph(name: str) -> None:
     gated, x = gate_up(name, size=SIZE)
     fast = compact(gated, x)

@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "signed": ("test_efficientnet", {}, {"signed": True}),
     "group norm": ("test_efficientnet_gn", {}, {"round_to": 8}),
     "convnext": ("test_convnext", {}, {"rank": 4}),
-    "vit": ("test_vit", {"img_size": SIZE}, {}),
+    "vit": ("test_vit", {"img_size": SIZE, "depth": 3}, {}),
     "byobnet": ("test_byobnet", {}, {}),
 }
 
