@@ -27,6 +27,7 @@ SIZE = 64
 # heads, a gated residual stream, predictors of low rank.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "resnet": ("test_resnet", {}, {}),
+    "one stage": ("test_resnet", {}, {"include": "layer4*"}),
     "stream": ("test_resnet", {}, {"stream": True, "boost": False}),
     "efficientnet": ("test_efficientnet", {}, {}),
     "signed": ("test_efficientnet", {}, {"signed": True}),
@@ -200,7 +201,7 @@ def test_the_result_says_what_was_written_and_checked(tmp_path: Path) -> None:
     assert "takes 2x3x20x20; run again and compared" in str(made)
 
 
-@pytest.mark.parametrize(("case", "batch"), [("resnet", None), ("vit", 1)])
+@pytest.mark.parametrize(("case", "batch"), [("one stage", None), ("vit", 1)])
 def test_onnx_runtime_gives_the_same_numbers(case: str, batch: int | None, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="needs the extra export")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")
