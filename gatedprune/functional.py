@@ -66,18 +66,20 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: list[int], signed: bool, dtype: torch.dtype | None) -> Tensor:
-        ctx.dims, ctx.as_it_is = dims, signed or _rectified(x)
-        # Whatever wrote it: checkpointing runs it again on an input that nothing wrote, and wants the same tensors.
-        ctx.save_for_backward(x)
+        ctx.dims, ctx.shape, ctx.dtype = dims, x.shape, x.dtype
+        ctx.as_it_is = signed or _rectified(x)
+        if (
+            not signed
+        ):  # a rectifier's too: checkpointing runs this again on an x that nothing wrote, and wants the same
+            ctx.save_for_backward(x)
         return (x if ctx.as_it_is else x.abs()).mean(dims, dtype=dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        each = (gradients[0] / math.prod(x.shape[d] for d in ctx.dims)).to(x.dtype)
+        each = (gradients[0] / math.prod(ctx.shape[d] for d in ctx.dims)).to(ctx.dtype)
         for d in ctx.dims:
             each = each.unsqueeze(d)
-        return each.expand(x.shape) if ctx.as_it_is else x.sgn() * each, None, None, None
+        return each.expand(ctx.shape) if ctx.as_it_is else ctx.saved_tensors[0].sgn() * each, None, None, None
 
 
 def saliency(s: Tensor, weight: Tensor, bias: Tensor, reduce: Tensor | None = None) -> Tensor:

@@ -223,6 +223,14 @@ def test_what_a_rectifier_wrote_is_its_own_magnitude() -> None:
     assert {rectified: node.as_it_is for rectified, node in found.items()} == {True: True, False: False}
 
 
+def test_a_mean_of_values_as_they_are_keeps_no_map() -> None:
+    leaf = torch.ones(2, 3, 4, requires_grad=True)
+    x = leaf * 1
+    s = subsample(x, signed=True)
+    x.add_(1)
+    assert torch.autograd.grad(s.sum(), leaf)[0].eq(1 / 4).all()
+
+
 def test_a_subsample_may_be_differentiated_twice() -> None:
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: subsample(x).square(), x)
