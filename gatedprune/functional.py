@@ -267,17 +267,20 @@ def _over_places(x: Tensor) -> Tensor:
 
 class _ScaleNormed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, gain: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        ctx.save_for_backward(gain, x, scale, shift)
+    def forward(ctx: Any, y: Tensor, gain: Tensor, *norm: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gain, *norm)
         return scale_channels(y, gain, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gain, x, scale, shift), (gradient,) = ctx.saved_tensors, gradients
+        (gain, x, mean, inverse, weight, bias), (gradient,) = ctx.saved_tensors, gradients
         to_gain = None
-        if ctx.needs_input_grad[1]:
-            to_gain = scale * _over_places(gradient * x) + shift * _over_places(gradient)
-        return scale_channels(gradient, gain, 1), to_gain, None, None, None
+        if ctx.needs_input_grad[1]:  # Σ gradient·y, with y = (x − mean) / deviation · weight + bias
+            total = _over_places(gradient)
+            to_gain = torch.addcmul(_over_places(gradient * x), mean, total, value=-1) * inverse
+            to_gain = to_gain if weight is None else to_gain * weight
+            to_gain = to_gain if bias is None else torch.addcmul(to_gain, bias, total)
+        return scale_channels(gradient, gain, 1), to_gain, None, None, None, None, None
 
 
 def scale_batch_normed(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
@@ -296,13 +299,11 @@ def scale_batch_normed(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     if (norm is None or norm.name() not in _BATCH_NORMS or not norm._saved_training or gain.shape != y.shape[:2]
             or not y.dtype == gain.dtype == norm._saved_input.dtype):  # fmt: skip
         return scale_channels(y, gain, 1)
-    scale, weight = norm._saved_result2, norm._saved_weight  # 1 / standard deviation
-    if weight is not None:
-        scale = scale * weight.detach()
-    shift = -norm._saved_result1 * scale  # mean
-    if bias is not None:
-        shift = shift + bias.detach()
-    out: Tensor = _ScaleNormed.apply(y, gain, norm._saved_input.detach(), scale, shift)
+    weight = None if norm._saved_weight is None else norm._saved_weight.detach()
+    out: Tensor = _ScaleNormed.apply(
+        y, gain, norm._saved_input.detach(), norm._saved_result1, norm._saved_result2, weight,
+        None if bias is None else bias.detach(),
+    )  # fmt: skip
     return out
 
 
