@@ -1,4 +1,4 @@
-"""What a training step of a gated model costs beside one of the dense model: time and memory.
+"""What a training step of a gated model costs beside one of the dense model: time, memory and operators.
 
 python -m gatedprune.training.step_cost resnet18 --size 64 --batch 16
 """
@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..wrapping import is_gated, wrap
 
@@ -31,6 +32,8 @@ class StepCost:
         time: Median over the rounds of gated over dense, each pair timed one after the other.
         dense_kept, gated_kept: Bytes of activations kept for the backward pass.
         dense_state, gated_state: Bytes of parameters, buffers, gradients and momentum.
+        dense_operators, gated_operators: Forwards and backwards, but for views and empty memory: on a GPU each is a
+            launch or more.
         rounds: How many were timed.
     """
 
@@ -41,6 +44,8 @@ class StepCost:
     gated_kept: int
     dense_state: int
     gated_state: int
+    dense_operators: int
+    gated_operators: int
     rounds: int
 
     @property
@@ -55,7 +60,8 @@ class StepCost:
             f"(median of {self.rounds} pairs)\n"
             f"memory: dense {(self.dense_kept + self.dense_state) / 1e6:.1f} MB, gated "
             f"{(self.gated_kept + self.gated_state) / 1e6:.1f} MB, ratio {self.memory:.3f}; "
-            f"kept activations alone {self.dense_kept / 1e6:.1f} and {self.gated_kept / 1e6:.1f} MB, ratio {kept:.3f}"
+            f"kept activations alone {self.dense_kept / 1e6:.1f} and {self.gated_kept / 1e6:.1f} MB, ratio {kept:.3f}\n"
+            f"operators: dense {self.dense_operators}, gated {self.gated_operators}"
         )
 
 
@@ -82,7 +88,17 @@ def step_cost(model: nn.Module, images: Tensor, *, ratio: float = 0.5, rounds: i
         times.append((took[0], took[1]))
     one, other = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
     return StepCost(one, other, statistics.median(b / a for a, b in times), runs[0].kept(), runs[1].kept(),
-                    runs[0].state(), runs[1].state(), rounds)  # fmt: skip
+                    runs[0].state(), runs[1].state(), runs[0].operators(), runs[1].operators(), rounds)  # fmt: skip
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or "empty" in func.name())
+        return func(*args, **(kwargs or {}))
 
 
 class _Run:
@@ -127,6 +143,13 @@ class _Run:
         assert loss.requires_grad  # holds what was kept until here: no memory is given out twice
         return sum(sizes.values())
 
+    def operators(self) -> int:
+        """How many operators forwards and backwards run."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with _Counter() as counter:
+            self.loss().backward()
+        return counter.count
+
     def state(self) -> int:
         """Bytes of parameters, their gradients and momentum, and buffers."""
         learnt = [p for p in self.model.parameters() if p.requires_grad]
@@ -145,7 +168,7 @@ class _Run:
 @click.option("--device", default="cpu", show_default=True, help="As torch names it: cpu, cuda.")
 def main(model: str, size: int, batch: int, ratio: float, rounds: int, threads: int, straight_through: bool,
          device: str) -> None:  # fmt: skip
-    """A training step of a timm model with gates, beside one without: milliseconds and memory. Weights are random."""
+    """A training step of a timm model with gates, beside one without: time, memory, operators. Weights are random."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     network = timm.create_model(model).to(device)

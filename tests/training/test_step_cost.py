@@ -35,6 +35,10 @@ def test_memory_is_counted_once_each(norm: bool) -> None:
     gate = 16 * 3 + 16 + 1
     assert found.gated_state - found.dense_state == 3 * 4 * gate + 16 * 4
     assert 1 < found.memory < (1.2 if norm else 2) and found.dense_ms > 0 and found.gated_ms > 0 and found.time > 0
+    # Two convolutions, rectifier, mean and the loss's two, each with its backward; one to begin that with. A norm has
+    # both, and counts its batches.
+    assert found.dense_operators == 2 * 6 + 1 + 3 * norm
+    assert 20 < found.gated_operators - found.dense_operators < 60
     assert all(p.grad is None for p in model.parameters()) and not hasattr(model, "gatedprune")
 
 
@@ -42,3 +46,4 @@ def test_the_command() -> None:
     result = CliRunner().invoke(main, ["test_resnet", "--size", "32", "--batch", "2", "--rounds", "1"])
     assert result.exit_code == 0, result.output
     assert "step: dense" in result.output and "kept activations alone" in result.output
+    assert "operators: dense" in result.output
