@@ -68,9 +68,8 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dims: list[int], signed: bool, dtype: torch.dtype | None) -> Tensor:
         ctx.dims, ctx.shape, ctx.dtype = dims, x.shape, x.dtype
         ctx.as_it_is = signed or _rectified(x)
-        if (
-            not signed
-        ):  # a rectifier's too: checkpointing runs this again on an x that nothing wrote, and wants the same
+        if not signed:
+            # A rectifier's, too: checkpointing runs this again on an x that nothing wrote, and wants the same tensors.
             ctx.save_for_backward(x)
         return (x if ctx.as_it_is else x.abs()).mean(dims, dtype=dtype)
 
