@@ -50,7 +50,8 @@ def case(name: str, stream: bool) -> Case:
     return Case(lambda: create(name), size=SIZE, stream=stream, name=name, oracle=MODELS[name])
 
 
-# One model of a kind with the residual stream's sites too: they come from the same rules.
+# One model of a kind with the residual stream's sites too: they come from the same rules. MORE_STREAMS take longer.
+MORE_STREAMS = ("test_coatnet", "test_convnext2")
 WITH_STREAM = (
     "test_byobnet",
     "test_efficientnet",
@@ -75,6 +76,12 @@ def test_contract(case: Case, check: Check) -> None:
         # some.
         assert "can be gated" in str(error) and len(str(error).splitlines()) > 1
         pytest.skip(f"{case.name} has no sites yet: {str(error).splitlines()[1].strip()}")
+    check(case)
+
+
+@pytest.mark.slow
+@parametrize_checks([case(name, True) for name in MORE_STREAMS if name in HERE])
+def test_contract_of_more_streams(case: Case, check: Check) -> None:
     check(case)
 
 

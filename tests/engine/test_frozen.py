@@ -22,6 +22,7 @@ MODELS = [
     "test_convnext",
     "test_vit",
     "test_nfnet",
+    pytest.param("test_mambaout", marks=pytest.mark.slow),
     "test_byobnet",
 ]
 

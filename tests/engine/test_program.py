@@ -25,10 +25,10 @@ from ..tiny import SIZE, create
 pytestmark = pytest.mark.skipif(not native.load(), reason=f"no native engine here: {native.build_error()}")
 
 
-def gate_up(name: str, batch: int = 3, size: int = 160) -> tuple[GatedModel, Tensor]:
+def gate_up(name: str) -> tuple[GatedModel, Tensor]:
     torch.manual_seed(0)
-    x = torch.randn(batch, 3, size, size)
-    return excite(wrap(enliven(create(name)).eval(), example_inputs=x), (x,)), x
+    x = torch.randn(3, 3, SIZE, SIZE)
+    return excite(wrap(enliven(create(name)), example_inputs=x), (x,)), x
 
 
 def program_of(fast: CompactModel, x: Tensor) -> Any:
@@ -43,7 +43,7 @@ def fast() -> CompactModel:
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(2, 3, 160, 160)
+    return torch.randn(2, 3, SIZE, SIZE)
 
 
 @pytest.fixture
@@ -61,13 +61,15 @@ def called(fast: CompactModel, x: Tensor) -> Callable[[], int]:
     del graph.__dict__["forward"]
 
 
-# Others are made of the same operators as one of these.
+# Made of the same operators as another one.
 ALIKE = ("test_convnext2", "test_convnext3", "test_efficientnet_evos", "test_efficientnet_ln", "test_vit2", "test_vit4")
 
 
-@pytest.mark.parametrize("name", sorted(set(timm.list_models("test_*")) - set(ALIKE)))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in timm.list_models("test_*")]
+)
 def test_equals_the_graph(name: str) -> None:
-    gated, x = gate_up(name, size=SIZE)
+    gated, x = gate_up(name)
     fast = compact(gated, x)
     graph = fast.prepare(x)
     for images in (x, x[:1], torch.randn_like(x)):

@@ -21,7 +21,7 @@ from gatedprune.export.formats import FORMATS, Format
 from gatedprune.functional import active_set
 from gatedprune.training import most_used
 
-SIZE = 64
+from ..tiny import OPTIONS, SIZE
 
 # A model of each kind of site: convolutions, depthwise and grouped ones, squeeze-excite, group norms, hidden units,
 # heads, a gated residual stream, predictors of low rank.
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "signed": ("test_efficientnet", {}, {"signed": True}),
     "group norm": ("test_efficientnet_gn", {}, {"round_to": 8}),
     "convnext": ("test_convnext", {}, {"rank": 4}),
-    "vit": ("test_vit", {"img_size": SIZE, "depth": 3}, {}),
+    "vit": ("test_vit", OPTIONS["test_vit"], {}),
     "byobnet": ("test_byobnet", {}, {}),
 }
 
@@ -201,7 +201,9 @@ def test_the_result_says_what_was_written_and_checked(tmp_path: Path) -> None:
     assert "takes 2x3x20x20; run again and compared" in str(made)
 
 
-@pytest.mark.parametrize(("case", "batch"), [("one stage", None), ("vit", 1)])
+@pytest.mark.parametrize(
+    ("case", "batch"), [("one stage", None), ("vit", 1), pytest.param("resnet", None, marks=pytest.mark.slow)]
+)
 def test_onnx_runtime_gives_the_same_numbers(case: str, batch: int | None, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="needs the extra export")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra export")

@@ -9,6 +9,8 @@ import torch
 import gatedprune
 from gatedprune.sites import Layer, SiteReport
 
+from ..tiny import SIZE, create
+
 # One of each kind: plain chains and squeeze-excite, depthwise, grouped, weight-standardised, heads and hidden
 # units.
 MODELS = ["test_byobnet", "test_convnext", "test_efficientnet", "test_nfnet", "test_resnet", "test_vit"]
@@ -16,9 +18,7 @@ MODELS = ["test_byobnet", "test_convnext", "test_efficientnet", "test_nfnet", "t
 
 @pytest.mark.parametrize(("name", "stream"), [*((name, False) for name in MODELS), ("test_resnet", True)])
 def test_macs_left_are_those_that_the_compact_model_executes(name: str, stream: bool) -> None:
-    options = {"img_size": 64} if name == "test_vit" else {}
-    model = timm.create_model(name, num_classes=10, **options).eval()
-    images = torch.randn(2, 3, 64, 64)
+    model, images = create(name), torch.randn(2, 3, SIZE, SIZE)
     report = gatedprune.find_sites(model, images, stream=stream)
     assert report.macs == gatedprune.count_macs(model, images).total == sum(layer.macs for layer in report.layers)
     fast = gatedprune.compact(gatedprune.wrap(model, 0.3, example_inputs=images, stream=stream), images)
