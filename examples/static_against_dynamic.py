@@ -16,6 +16,7 @@ from torch import nn
 
 import gatedprune
 from gatedprune.compare import compare_models
+from gatedprune.training import reestimate_norms
 
 from .shapes import CLASSES, make_images, top1, train
 
@@ -49,7 +50,9 @@ def main(name: str, ratio: float, size: int, count: int, steps: int, finetune: i
     try:
         gated: Any = gatedprune.wrap(copy.deepcopy(dense), ratio, example_inputs=data[0][:2])
         static: nn.Module = gatedprune.prune_static(gated, example_inputs=data[0][:2]).model
-        gated.calibrate(data[0][:256].split(32))
+        some = data[0][:256].split(32)
+        gated.calibrate(some)
+        reestimate_norms(static, some)
         print(f"pruned     at ratio {ratio:g}, not fine-tuned: static {top1(static, *test):.1f}, "
               f"dynamic, calibrated {top1(gated, *test):.1f}")  # fmt: skip
         for model in (static, gated):

@@ -19,7 +19,7 @@ from .combined import gate_after_static
 from .equality import Equality, check_equality
 from .rankings import Pruner, check_ranking
 from .result import Comparison, Row
-from .static import StaticResult, dense_copy, prune_static
+from .static import StaticResult, dense_copy
 from .surgery import Importance
 
 __all__ = ["compare", "compare_models"]
@@ -59,7 +59,8 @@ def compare(
         importance: What ranks channels for static pruning; see `prune_static`.
         rankings: Instead: a static row for each of these names of `gatedprune.compare.RANKINGS`.
         calibrate: Batches of a few hundred samples, as for `gatedprune.calibrate`: the gates are calibrated on them, at
-            each ratio, and rankings that need data take them. They are gone through several times.
+            each ratio, static models take their batch norms' statistics anew (`reestimate_norms`), and rankings that
+            need data take them. They are gone through several times.
         combined: Also a row in which half of the suppressed channels are pruned statically first, and the rest is
             gated.
         threads: Threads for one operator while timing; None: as they are.
@@ -86,7 +87,7 @@ def compare(
         active = active or {name: (gate.active_count, gate.channels) for name, gate in gated.gates.items()}
         table.start(one if isinstance(one, float) else None, several=len(ratios) > 1)
         if rankings is None:
-            table.add_static("", lambda: prune_static(gated, importance=importance, example_inputs=inputs))
+            table.add_static("", lambda: pruner(importance))
         for ranking in rankings or ():
             table.add_static(ranking, lambda ranking=ranking: pruner(ranking))  # type: ignore[misc]
         dynamic = copy.deepcopy(gated)
@@ -96,7 +97,10 @@ def compare(
         if combined:
             _add_combined(table, gated, pruner, inputs, calibrate)
     if calibrate is not None:
-        table.notes.append("dynamic: gates calibrated, not trained; static: not fine-tuned")
+        table.notes.append(
+            "nothing is trained: gates are calibrated, and the batch norms of static models re-estimated, on the same "
+            "samples"
+        )
     rows = table.rows(threads, warmup, repeats)
     return _comparison(gated, rows, active, inputs, table.notes)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, ModelError
 from ..sites import evaluating, suspended
-from ..training import Contributions
+from ..training import Contributions, reestimate_norms
 from ..wrapping import GatedModel
 from .static import StaticResult, dense_copy, prune_static
 from .surgery import Importance, import_torch_pruning
@@ -32,10 +32,13 @@ NEEDS_DATA = ("taylor", "activation")
 class Pruner:
     """Prunes a gated model's own sites, ranked by any of `RANKINGS`; what it learns from data is learnt once.
 
+    Given data, it also takes the batch norms' statistics anew (`reestimate_norms`), as calibration matches those of a
+    gated model.
+
     Args:
         gated: Says the sites, and the counts at the time of each call; its backbone is what is pruned. Stays as it is.
         inputs: Positional arguments to trace it with.
-        batches: As for `gatedprune.calibrate`; for the rankings that need data.
+        batches: As for `gatedprune.calibrate`; for batch norms, and for the rankings that need data.
     """
 
     def __init__(self, gated: GatedModel, inputs: tuple[Any, ...], batches: Iterable[Any] | None) -> None:
@@ -43,16 +46,24 @@ class Pruner:
         self._scores: dict[str, Tensor] | None = None
         self._gradients: dict[str, Tensor | None] | None = None
 
-    def __call__(self, ranking: str, counts: Mapping[str, int] | None = None) -> StaticResult:
+    def __call__(self, ranking: str | Importance | None, counts: Mapping[str, int] | None = None) -> StaticResult:
         """The pruned model.
 
         Args:
-            ranking: One of `RANKINGS`.
+            ranking: One of `RANKINGS`, or what `prune_static` takes.
             counts: Site name → k; default: what the gates keep.
 
         Raises:
             ConfigError: No such ranking, or it needs data. ModelError: the model cannot be ranked or pruned so.
         """
+        result = self._pruned(ranking, counts)
+        if self.batches is not None:
+            reestimate_norms(result.model, self.batches)
+        return result
+
+    def _pruned(self, ranking: str | Importance | None, counts: Mapping[str, int] | None) -> StaticResult:
+        if not isinstance(ranking, str):
+            return prune_static(self.gated, counts=counts, importance=ranking, example_inputs=self.inputs)
         check_ranking(ranking, self.batches)
         inner = {site.name for site in self.gated.gated_sites if site.kind == "inner"}
         wanted = counts or {name: gate.active_count for name, gate in self.gated.gates.items() if name in inner}

@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError, GatedPruneError, ModelError
 from ..files import atomic_folder, read_tensors, write_tensors
 from ..io import find_imported, is_saved, load, save
 from ..sites import find_sites, normalise_inputs
-from ..training import calibrate, predictor_rates
+from ..training import calibrate, predictor_rates, reestimate_norms
 from ..wrapping import is_gated, macs_left, unwrap, wrap
 from .data import check_outputs
 from .options import FinetuneConfig
@@ -110,13 +110,16 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
         raise ConfigError(f"{config.model} is pruned already: go on with it as it is (mode 'dense').")
     if kept is None:
         marked = wrap(copy.deepcopy(network), config=config.gates(), example_inputs=example)
-        report, keep = marked.site_report, None
-        if images is not None and config.calibrate:
-            seen = images(network, example)
-            calibrate(marked.to(_calibration_device(device)), seen, dynamic=False)  # with the same care as gates
+        report, keep, where = marked.site_report, None, _calibration_device(device)
+        samples = images(network, example) if images is not None and config.calibrate else ()
+        if samples:  # with the same care as gates
+            calibrate(marked.to(where), samples, dynamic=False)
             marked.cpu()
             keep = {name: gate.bias.topk(gate.active_count).indices for name, gate in marked.gates.items()}
         pruned = prune_static(marked, keep=keep, example_inputs=example, by="torch-pruning")
+        if samples:
+            reestimate_norms(pruned.model.to(where), samples)
+            pruned.model.cpu()
     else:
         report = find_sites(network, example)
         pruned = prune_static(network, report, keep=kept, example_inputs=example, by="torch-pruning")

@@ -1,7 +1,8 @@
 """Getting gates to choose well: calibration in closed form, and what a training loop needs beside `penalty()`.
 
 `contribution` measures what each channel gives to the layers that read it (`reader`), `moments` accumulates it, `ridge`
-fits the predictors, `matching` follows what suppression does to batch norms, and `calibration` puts it all in place.
+fits the predictors, `matching` follows what suppression does to batch norms, and `calibration` puts it all in place;
+`norms` does for statically pruned models what `matching` does for gated ones.
 `allocation` gives each site its ratio, `thresholds` its T; `oracle` chooses with hindsight, as a yardstick. For
 training, `rates` gives predictors their learning rates, `schedule` raises the ratio, `distillation` compares with the
 dense model, and `interrupt` makes Ctrl-C a request.
@@ -12,6 +13,7 @@ from .calibration import Calibration, SiteFit, calibrate, held_out_r2, match_nor
 from .contribution import Contributions
 from .distillation import Distillation, feature_loss, logit_loss, map_loss
 from .interrupt import Interrupted, stop_on_signal
+from .norms import reestimate_norms
 from .oracle import OracleChoice
 from .rates import parameter_groups, predictor_rates
 from .schedule import RatioSchedule
@@ -40,5 +42,6 @@ __all__ = [
     "most_used",
     "parameter_groups",
     "predictor_rates",
+    "reestimate_norms",
     "stop_on_signal",
 ]

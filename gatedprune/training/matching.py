@@ -59,7 +59,7 @@ def following_norms(gated: GatedModel, *args: Any) -> dict[str, str]:
     return found
 
 
-class _Sums:
+class ChannelSums:
     """Count, sum and sum of squares of each channel, in float64."""
 
     def __init__(self) -> None:
@@ -121,8 +121,8 @@ class Matching:
 
     def clear(self) -> None:
         """Forget the sums."""
-        self._wanted = {path: _Sums() for path in self.paths}
-        self._found = {path: _Sums() for path in self.paths}
+        self._wanted = {path: ChannelSums() for path in self.paths}
+        self._found = {path: ChannelSums() for path in self.paths}
 
     def matches(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Norm path → scale and shift, each (C,), float64, of those that ran."""

@@ -283,6 +283,26 @@ def test_several_rankings_ratios_and_dynamic_after_static() -> None:
     assert missing.startswith("no row 'static, batch-norm': ")
 
 
+@pytest.mark.parametrize("options", [{}, {"rankings": ["magnitude-l2", "activation"]}])
+def test_static_models_get_the_statistics_of_the_samples_too(options: dict) -> None:
+    """The norm of `Small` reads the images alone, so that they are the same whatever is pruned."""
+    images, data = torch.randn(IMAGES), [torch.randn(IMAGES) + 3 for _ in range(2)]
+    norms: list[nn.BatchNorm2d] = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        norms.extend(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+        return {}
+
+    found = compare(Small(), images, calibrate=data, evaluate=evaluate, warmup=0, repeats=1, **options)
+    dense, *static = norms
+    assert len(static) == sum(row.kind == "static" for row in found.rows)
+    assert bool((dense.running_mean == 0).all())
+    for norm in static:
+        assert norm.num_features == 6 and norm.running_mean is not None
+        assert bool((norm.running_mean.abs() > 0.1).all()), "the images are 3 on average"
+    assert any("batch norms" in note for note in found.notes)
+
+
 def test_several_ratios_of_a_model_that_is_gated() -> None:
     images = torch.randn(IMAGES)
     gated = trained(Small(), images, ratio=0.25)
