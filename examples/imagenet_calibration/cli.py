@@ -28,6 +28,9 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
     rows = [("", *(f"{run['ratio']:g}" for run in runs)), ("---",) * (len(runs) + 1)]
     rows += [(f"static, {name}", *(f"{run['static'][name]:.1f}" for run in runs)) for name in runs[0]["static"]]
     rows.append(("dynamic, calibrated", *(f"{run['dynamic']:.1f}" for run in runs)))
+    if "tempered" in runs[0]:
+        rows.append(("dynamic, tempered", *(f"{run['tempered']:.1f}" for run in runs)))
+        rows.append(("share of predictors", *(f"{run['share']:g}" for run in runs)))
     if "allocated" in runs[0]:
         for way in ("static", "dynamic"):
             rows.append((f"{way}, calibrated, allocated", *(f"{run['allocated'][way]:.1f}" for run in runs)))
@@ -67,6 +70,7 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
 )
 @click.option("--rounds", type=click.IntRange(1), default=4, help="Passes over the calibration images.")
 @click.option("--views", type=click.IntRange(1), default=1, help="The images themselves, and random crops of them.")
+@click.option("--temper/--no-temper", default=False, help="Also with predictors tempered, `calibrate(temper=True)`.")
 @click.option("--allocate/--uniform", default=False, help="Also ratios by sensitivity, at the same MACs.")
 @click.option(
     "--ranking",
@@ -83,8 +87,8 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the numbers to this file.")
 def main(model: str, weights: Path | None, images: Path | None, labels: Path | None, calibration: Path,
          ratios: tuple[float, ...], include: tuple[str, ...], exclude: tuple[str, ...], signed: bool,
-         rank: int | None, held_out: int | None, rounds: int, views: int, allocate: bool, rankings: tuple[str, ...],
-         yardsticks: bool, mean: float | None, std: float | None, batch: int,
+         rank: int | None, held_out: int | None, rounds: int, views: int, temper: bool, allocate: bool,
+         rankings: tuple[str, ...], yardsticks: bool, mean: float | None, std: float | None, batch: int,
          file: Path | None) -> None:  # fmt: skip
     """Top-1 of dense, static and dynamic pruning without training, at the same number of channels."""
     if held_out is None and (images is None or labels is None):
@@ -107,7 +111,7 @@ def main(model: str, weights: Path | None, images: Path | None, labels: Path | N
                    "calibration": len(other[0])}  # fmt: skip
         for ratio in ratios:
             run = measure(gated, ratio, data, pictures, truth, batch=batch, rounds=rounds, rankings=rankings,
-                          yardsticks=yardsticks)  # fmt: skip
+                          yardsticks=yardsticks, temper=temper)  # fmt: skip
             if allocate:
                 run["allocated"] = measure_allocated(gated, run["macs"], data, pictures, truth, batch=batch,
                                                      rounds=rounds)  # fmt: skip

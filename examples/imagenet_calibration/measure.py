@@ -42,6 +42,7 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> float:
 def measure(
     gated: Any, ratio: float | Mapping[str, float], calibration: Views, images: Tensor, labels: Tensor, *,
     batch: int = 50, rounds: int = 4, rankings: Sequence[str] = RANKINGS, yardsticks: bool = True,
+    temper: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Top-1 in percent of the ways to choose channels, at one ratio.
 
@@ -52,9 +53,11 @@ def measure(
         images: (N, 3, H, W). labels: (N,), of the images.
         batch: Images a forward pass. rounds: of `gatedprune.calibrate`.
         rankings: Of `RANKINGS`. yardsticks: Also measure the per-image oracle, and R² on the images.
+        temper: Also calibrate with ``temper=True``.
 
     Returns:
-        ``macs``, the share of the dense MACs that is left; ``static``, way → top-1; ``dynamic`` and ``oracle``, top-1;
+        ``macs``, the share of the dense MACs that is left; ``static``, way → top-1; ``dynamic``, ``tempered`` and
+        ``oracle``, top-1; ``share``, of the tempered one's `Calibration`;
         ``sites``, site → shrinkage and R², cross-validated and on the images.
     """
     plain = calibration.views[0].split(calibration.batch)
@@ -89,6 +92,9 @@ def measure(
         found["oracle"] = top1(OracleChoice(gated), images, labels, batch)
         for name, r2 in held_out_r2(gated, fitted, images.split(batch)).items():
             found["sites"][name]["r2_held_out"] = r2
+    if temper:
+        found["share"] = calibrate(gated, calibration, rounds=rounds, temper=True).share
+        found["tempered"] = top1(gated, images, labels, batch)
     return found
 
 

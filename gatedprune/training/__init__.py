@@ -3,9 +3,9 @@
 `contribution` measures what each channel gives to the layers that read it (`reader`), `moments` accumulates it, `ridge`
 fits the predictors, `matching` follows what suppression does to batch norms, and `calibration` puts it all in place;
 `norms` does for statically pruned models what `matching` does for gated ones.
-`allocation` gives each site its ratio, `thresholds` its T; `oracle` chooses with hindsight, as a yardstick. For
-training, `rates` gives predictors their learning rates, `schedule` raises the ratio, `distillation` compares with the
-dense model, and `interrupt` makes Ctrl-C a request.
+`divergence` says how far an output moved. `allocation` gives each site its ratio, `thresholds` its T; `oracle` chooses
+with hindsight, as a yardstick. For training, `rates` gives predictors their learning rates, `schedule` raises the
+ratio, `distillation` compares with the dense model, and `interrupt` makes Ctrl-C a request.
 """
 
 from .allocation import Allocation, allocate

@@ -16,9 +16,10 @@ from ..config import check_ratio
 from ..errors import ConfigError, DataError
 from ..sites import evaluating, suspended
 from .calibration import Inputs, check_gated, model_arguments
+from .divergence import divergence
 from .matching import Matching, following_norms
 
-__all__ = ["Allocation", "allocate", "divergence", "share_out"]
+__all__ = ["Allocation", "allocate", "share_out"]
 
 LEVELS = (0.1, 0.25, 0.5, 0.75)
 STEPS = 40  # counts of channels that are considered for each site
@@ -48,27 +49,6 @@ class Allocation:
             losses = ", ".join(f"{loss:.3g}" for _, loss in self.sensitivity[name])
             lines.append(f"{name:<{width}}  {ratio:>5.2f}  {losses}")
         return "\n".join(lines)
-
-
-def divergence(dense: Any, output: Any) -> Tensor:
-    """How far an output is from the dense model's, for each sample, (B,).
-
-    Of logits (B, classes) the Kullback-Leibler divergence of their softmax; of any other tensor the squared error as a
-    share of the dense output's squares.
-
-    Raises:
-        ConfigError: The model's output is no tensor.
-    """
-    if not isinstance(dense, Tensor) or not isinstance(output, Tensor):
-        raise ConfigError(
-            f"allocate() cannot compare outputs that are a {type(output).__name__}: give a `loss` that takes the dense "
-            "output and the gated one and returns a loss for each sample."
-        )
-    dense, output = dense.double(), output.double()
-    if dense.dim() == 2:
-        p, q = dense.log_softmax(1), output.log_softmax(1)
-        return (p.exp() * (p - q)).sum(1)
-    return (output - dense).flatten(1).square().sum(1) / dense.flatten(1).square().sum(1).clamp_min(1e-300)
 
 
 def allocate(gated: Any, batches: Iterable[Any], *, macs: float, levels: Sequence[float] = LEVELS,

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,9 +18,10 @@ from ..gates import Gate
 from ..sites import evaluating, suspended
 from ..wrapping import GatedModel
 from .contribution import Contributions
+from .divergence import divergence
 from .matching import Matching, following_norms
 from .moments import Moments
-from .ridge import SHRINKAGES, Ridge, fit, squared_errors
+from .ridge import SHRINKAGES, Ridge, fit, solve, squared_errors
 
 __all__ = ["Calibration", "SiteFit", "calibrate", "check_gated", "held_out_r2", "match_norms",
            "model_arguments"]  # fmt: skip
@@ -28,6 +29,9 @@ __all__ = ["Calibration", "SiteFit", "calibrate", "check_gated", "held_out_r2", 
 # Saliencies are shifted up until this many standard deviations below its mean a channel's is still at this floor: what
 # the rectifier cuts off would no longer be ranked.
 MARGIN, FLOOR = 8.0, 0.01
+
+# How far predictors may move saliencies, where that is measured; beside the best static choice, share 0.
+SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)
 
 Inputs = Callable[[Any], Any]
 
@@ -59,18 +63,23 @@ class Calibration:
         samples: How many samples were seen.
         sites: Site name → how its gate was fitted.
         norms: Paths of the batch norms that were matched.
+        share: What predictors were multiplied by; 1 without `temper`, 0 where the static choice was best.
+        losses: With `temper`, share → mean `divergence` of the samples left out.
     """
 
     samples: int
     sites: Mapping[str, SiteFit]
     norms: tuple[str, ...] = ()
+    share: float = 1.0
+    losses: Mapping[float, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; an infinite shrinkage, a static ranking, is None."""
         sites = {name: dataclasses.asdict(site) for name, site in self.sites.items()}
         for site in sites.values():
             site["shrinkage"] = site["shrinkage"] if math.isfinite(site["shrinkage"]) else None
-        return {"samples": self.samples, "sites": sites}
+        losses = [{"share": share, "loss": loss} for share, loss in self.losses.items()]
+        return {"samples": self.samples, "share": self.share, "losses": losses, "sites": sites}
 
     def __str__(self) -> str:
         width = max([len(name) for name in self.sites] + [4])
@@ -79,11 +88,15 @@ class Calibration:
         for name, site in self.sites.items():
             r2 = "–" if site.r2 is None else f"{site.r2:.2f}"
             lines.append(f"{name:<{width}}  {site.channels:>8}  {site.in_channels:>9}  {site.shrinkage:>9.2g}  {r2:>6}")
+        if self.losses:
+            found = ", ".join(f"{share:g}: {loss:.3g}" for share, loss in self.losses.items())
+            lines.append(f"predictors at {self.share:g} of that; loss on samples left out at {found}")
         return "\n".join(lines)
 
 
 def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int = 5, norms: bool = True,
-              dynamic: bool = True, strength: float = 0.0, inputs: Inputs | None = None) -> Calibration:  # fmt: skip
+              dynamic: bool = True, temper: bool = False, strength: float = 0.0,
+              inputs: Inputs | None = None) -> Calibration:  # fmt: skip
     """Fit every gate's predictor, in closed form: from what the gate sees to what each channel contributes.
 
     A ridge regression from s(x) to each channel's contribution in the dense model (`Contributions`), with the shrinkage
@@ -118,6 +131,11 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
         norms: Match the batch norms behind the layers that read a site, in one more pass.
         dynamic: False: the constant term alone. The model is then a statically pruned one, chosen and matched with the
             same care: what to compare with, and what to train from.
+        temper: Also choose how far all predictors together may move saliencies by image: φ is multiplied by 1, 0.7,
+            0.5, 0.35 or 0.25, or the choice is that of ``dynamic=False``, whichever gives outputs nearest to the dense
+            model's (`divergence`) for a fold that it was not fitted to. The regression of one site cannot know what
+            choosing by image costs: layers behind were made for all channels, and other gates choose as well. Takes
+            the rounds of ``dynamic=False`` and six passes more.
         strength: σ of every gate afterwards (see `Gate`), not negative. With ``dynamic=False`` the gain is 1 whatever
             σ is; otherwise a σ above 0 rescales winners at once.
         inputs: From an element of ``batches`` to the model's argument, or to a tuple of them.
@@ -126,7 +144,8 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
         The shrinkage and the cross-validated R² of each site, and the batch norms that were matched.
 
     Raises:
-        ConfigError: ``rounds``, ``folds`` or ``strength`` out of its domain. ModelError: the model is not gated.
+        ConfigError: ``rounds``, ``folds`` or ``strength`` out of its domain, or with `temper` an output that is no
+            tensor. ModelError: the model is not gated.
         DataError: no batches, batches that can be gone through only once, or activations that are not finite. The gates
             are then as they were.
 
@@ -140,16 +159,16 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
         raise ConfigError(f"`strength` of calibrate() must be a number of at least 0. Got {strength!r}.")
     check_gated(gated, "calibrate()")
     thresholds = any(gate.varies for gate in gated.gates.values())
-    if (rounds > 1 or norms or thresholds) and isinstance(batches, Iterator):
+    if (rounds > 1 or norms or temper or thresholds) and isinstance(batches, Iterator):
         raise DataError(
             "The `batches` of calibrate() are an iterator, which is used up after one of the rounds: give it a list "
-            "or a data loader, or rounds=1, norms=False."
+            "or a data loader, or rounds=1, norms=False, temper=False."
         )
     before = {k: v.clone() for k, v in gated.gate_modules.state_dict().items()}
     try:
         gated.gate_modules.clear_matches()
-        samples, fits, matched = _calibrate(_Passes(gated, batches, inputs, "calibrate()", norms), int(rounds),
-                                            int(folds), dynamic)  # fmt: skip
+        found = _calibrate(_Passes(gated, batches, inputs, "calibrate()", norms), int(rounds), int(folds), dynamic,
+                           temper)  # fmt: skip
         if thresholds:
             gated.fit_thresholds(batches, inputs=inputs)
         with torch.no_grad():
@@ -158,23 +177,58 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
     except BaseException:
         gated.gate_modules.load_state_dict(before)
         raise
-    return Calibration(samples, fits, matched)
+    return found
 
 
-def _calibrate(passes: _Passes, rounds: int, folds: int,
-               dynamic: bool) -> tuple[int, dict[str, SiteFit], tuple[str, ...]]:  # fmt: skip
-    gated, moments = passes.gated, dict[str, Moments]()
+def _calibrate(passes: _Passes, rounds: int, folds: int, dynamic: bool, temper: bool) -> Calibration:
+    gated = passes.gated
     suppressed = any(gate.active_count < gate.channels for gate in gated.gates.values())
-    for i in range(rounds if suppressed else 1):
+    rounds = rounds if suppressed else 1
+    chosen = _fit(passes, rounds, folds, dynamic)
+    share, losses = 1.0, dict[float, float]()
+    if temper and suppressed and chosen.samples > 1 and any(r.weight.any() for r, _ in chosen.plans.values()):
+        static = _fit(passes, rounds, folds, False)
+        for tried, candidate in [*((share, chosen) for share in SHARES), (0.0, static)]:
+            candidate.without_first_fold().install(gated, tried)
+            losses[tried] = passes.loss(folds)
+        share = min(losses, key=lambda tried: (math.isnan(losses[tried]), losses[tried]))
+        chosen = chosen if share else static
+    chosen.install(gated, share)
+    matched = _set_matches(gated, passes.match()) if suppressed and passes.matching and passes.norms else ()
+    return Calibration(chosen.samples, {name: info for name, (_, info) in chosen.plans.items()}, matched, share, losses)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Predictors for all gates: site → the regression and how it was found, and → the moments that it is of."""
+
+    samples: int
+    plans: Mapping[str, tuple[Ridge, SiteFit]]
+    moments: Mapping[str, Moments]
+
+    @torch.no_grad()
+    def install(self, gated: Any, share: float = 1.0) -> None:
+        for name, (ridge, info) in self.plans.items():
+            _install(gated.gates[name], ridge, info, self.moments[name], share)
+
+    def without_first_fold(self) -> _Fit:
+        """Of the same shrinkages, from the other folds."""
+        others = {name: m.pick(torch.arange(m.folds, device=m.x.device) > 0) for name, m in self.moments.items()}
+        plans = {name: (solve(others[name], info.shrinkage), info) for name, (_, info) in self.plans.items()}
+        return _Fit(self.samples, plans, others)
+
+
+def _fit(passes: _Passes, rounds: int, folds: int, dynamic: bool) -> _Fit:
+    """Fit the predictors, in each round after the first to the model with those of the round before."""
+    moments: dict[str, Moments] = {}
+    for i in range(rounds):
         if i == 1:
             moments.clear()  # contributions among all channels: another quantity
         samples = passes.accumulate(moments, folds, gate=i > 0)
-        plans = {name: _plan(gated.gates[name], m, dynamic) for name, m in moments.items()}
-        with torch.no_grad():
-            for name, (ridge, info) in plans.items():
-                _install(gated.gates[name], ridge, info, moments[name])
-    matched = _set_matches(gated, passes.match()) if suppressed and passes.matching and passes.norms else ()
-    return samples, {name: info for name, (_, info) in plans.items()}, matched
+        plans = {name: _plan(passes.gated.gates[name], m, dynamic) for name, m in moments.items()}
+        found = _Fit(samples, plans, moments)
+        found.install(passes.gated)
+    return found
 
 
 def match_norms(gated: Any, batches: Iterable[Any], inputs: Inputs | None = None) -> tuple[str, ...]:
@@ -245,6 +299,7 @@ class _Passes:
     def __init__(self, gated: Any, batches: Iterable[Any], inputs: Inputs | None, where: str, matching: bool) -> None:
         self.gated, self.batches, self.inputs, self.where, self.matching = gated, batches, inputs, where, matching
         self.norms: dict[str, str] | None = None
+        self.outputs: list[Any] = []  # the dense model's for the last batch, and if asked the gated one's
 
     def accumulate(self, moments: dict[str, Moments], folds: int, *, gate: bool) -> int:
         """Add what gates see and what channels contribute to every site's moments; returns the number of samples.
@@ -274,6 +329,17 @@ class _Passes:
                 pass
         return self.found
 
+    def loss(self, folds: int) -> float:
+        """Mean divergence of the gated model's outputs from the dense one's, over the samples of the first fold."""
+        total, first, seen = 0.0, 0, 0
+        with closing(self._run(gate=True, reading=False)) as records:
+            for _ in records:
+                dense, output = self.outputs
+                each = divergence(dense, output)
+                left = (torch.arange(seen, seen + len(each)) % folds == 0).to(each.device)
+                total, first, seen = total + float(each[left].sum()), first + int(left.sum()), seen + len(each)
+        return total / max(first, 1)
+
     def _run(self, *, gate: bool, reading: bool) -> Generator[Contributions, None, None]:
         gated, samples = self.gated, 0
         with torch.no_grad(), evaluating(gated), ExitStack() as stack:
@@ -287,10 +353,10 @@ class _Passes:
                 record.clear()
                 record.reading, matching.dense = reading, True
                 with suspended(gated):
-                    gated(*args)
+                    self.outputs = [gated(*args)]
                 if gate:
                     record.reading = matching.dense = False
-                    gated(*args)
+                    self.outputs.append(gated(*args))
                 samples += 1
                 yield record
             if not samples:
@@ -336,12 +402,12 @@ def _root(covariance: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()
 
 
-def _install(gate: Gate, ridge: Ridge, info: SiteFit, moments: Moments) -> None:
+def _install(gate: Gate, ridge: Ridge, info: SiteFit, moments: Moments, share: float) -> None:
     total = moments.total()
     mx, start = total.x[0] / total.count, info.scale * total.y[0] / total.count + info.offset
     # Only a predictor of low rank has to be cut, for which the decomposition is.
     seen = None if gate.rank is None else _root(total.xx[0] / total.count - mx[:, None] * mx)
-    gate.set_predictor(info.scale * ridge.weight, seen)
+    gate.set_predictor(share * info.scale * ridge.weight, seen)
     gate.bias.copy_(start - gate.predictor.to(mx) @ mx)  # the mean saliency stays what it was, cut or not
     gate.start.copy_(start)
     gate.strength.zero_()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .moments import Moments
 
-__all__ = ["SHRINKAGES", "Ridge", "fit", "squared_errors"]
+__all__ = ["SHRINKAGES", "Ridge", "fit", "solve", "squared_errors"]
 
 # In units of a standardised feature's variance: half decades; the last leaves nothing but the constant term.
 SHRINKAGES = (*(10 ** (e / 2) for e in range(-8, 7)), math.inf)
@@ -92,3 +92,8 @@ def fit(moments: Moments, shrinkages: Sequence[float] = SHRINKAGES) -> Ridge:
     best = len(shrinkages) - 1 - int(errors.flip(0).argmin())
     r2 = 1 - float(errors[best]) / constant if constant > 0 else 0.0
     return Ridge(*path.solution(shrinkages[best]), shrinkages[best], r2)
+
+
+def solve(moments: Moments, shrinkage: float) -> Ridge:
+    """The ridge regression of this shrinkage."""
+    return Ridge(*_Path(moments.total()).solution(shrinkage), shrinkage, None)

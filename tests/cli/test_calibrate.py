@@ -21,23 +21,27 @@ Run = Callable[..., Result]
 SMALL = ("--size", 32, "--limit", 9, "--batch", 4, "--rounds", 2)
 
 
-def test_gates_are_fitted_and_saved(run: Run, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("temper", [False, True])
+def test_gates_are_fitted_and_saved(temper: bool, run: Run, images: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     state = timm.create_model("test_resnet", num_classes=4).state_dict()
     save_file(state, tmp_path / "weights.safetensors")
     command = ["test_resnet", "--num-classes", 4, "--weights", tmp_path / "weights.safetensors", "--data", images]
-    result = run("calibrate", *command, "--ratio", 0.25, *SMALL, "--output", tmp_path / "m", "--json")
+    result = run("calibrate", *command, "--ratio", 0.25, *SMALL, "--output", tmp_path / "m", "--json",
+                 *["--temper"] * temper)  # fmt: skip
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["path"] == str(tmp_path / "m") and told["samples"] == 9
+    assert len(told["losses"]) == 6 * temper
     found = gatedprune.load(tmp_path / "m")
     model = timm.create_model("test_resnet", num_classes=4)
     model.load_state_dict(state)
     wanted = gatedprune.wrap(model, 0.25, example_inputs=torch.zeros(2, 3, 32, 32)).eval()
-    wanted.calibrate(read_images(images, model, size=(32, 32), limit=9, batch=4), rounds=2)
+    wanted.calibrate(read_images(images, model, size=(32, 32), limit=9, batch=4), rounds=2, temper=temper)
     assert set(found.gates) == set(wanted.gates) == set(told["sites"])
     for name, gate in wanted.gates.items():
         torch.testing.assert_close(found.gates[name].weight, gate.weight)
+        torch.testing.assert_close(found.gates[name].bias, gate.bias)
         assert gate.weight.any() or told["sites"][name]["shrinkage"] is None
 
 

@@ -14,7 +14,8 @@ import gatedprune
 from gatedprune.errors import ConfigError, DataError, ModelError
 from gatedprune.testing.case import enliven
 from gatedprune.training import allocate
-from gatedprune.training.allocation import divergence, share_out
+from gatedprune.training.allocation import share_out
+from gatedprune.training.divergence import divergence
 
 
 def cost(counts: Mapping[str, int]) -> int:

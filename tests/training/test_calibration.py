@@ -15,7 +15,11 @@ import gatedprune
 from gatedprune.errors import ConfigError, DataError, ModelError
 from gatedprune.sites import suspended
 from gatedprune.training import Contributions, OracleChoice, held_out_r2
+from gatedprune.training.calibration import SHARES
+from gatedprune.training.divergence import divergence
 from gatedprune.training.matching import following_norms
+from gatedprune.training.moments import Moments
+from gatedprune.training.ridge import solve
 
 
 def images(n: int = 24, seed: int = 0) -> Tensor:
@@ -159,6 +163,59 @@ def test_further_rounds_suit_what_gates_see_of_a_gated_model() -> None:
     assert sum(r2[1][n] for n in later) > sum(r2[0][n] for n in later)
 
 
+def test_tempering_measures_on_samples_that_predictors_were_not_fitted_to() -> None:
+    """Each share's loss, against one fitted by hand to the other folds; without matched norms, in one round."""
+    model, x, folds = gated(), images(30), 3
+    found = model.calibrate(x.split(7), rounds=1, folds=folds, norms=False, temper=True)
+    assert tuple(found.losses) == (*SHARES, 0.0)
+    hand = gated()
+    record = dense_record(hand, x)
+    left = torch.arange(len(x)) % folds == 0
+    with torch.no_grad():
+        for share in (*SHARES, 0.0):
+            for name, gate in hand.gates.items():
+                info, s, t = found.sites[name], record.seen[name][~left], record.target(name)[~left]
+                moments = Moments(s.shape[1], t.shape[1])
+                moments.add(s, t)
+                ridge = solve(moments, info.shrinkage)
+                gate.weight.copy_(share * info.scale * ridge.weight)
+                gate.bias.copy_(info.scale * t.mean(0) + info.offset - gate.weight.double() @ s.mean(0))
+                gate.start.copy_(info.scale * t.mean(0) + info.offset)
+                gate.strength.zero_()
+            outputs = hand(x[left])
+            with suspended(hand):
+                wanted = float(divergence(hand(x[left]), outputs).mean())
+            assert found.losses[share] == pytest.approx(wanted, rel=1e-3), share
+    assert len({round(loss, 6) for loss in found.losses.values()}) > 3, "the shares choose alike"
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_tempering_shrinks_all_predictors_by_the_best_share(signed: bool) -> None:
+    """Or takes the static choice, which is the best for one of the two here."""
+    model, x = gated(signed=signed), images(30)
+    found = model.calibrate(x.split(10), rounds=2, temper=True)
+    assert found.losses[found.share] == min(found.losses.values())
+    assert (found.share > 0) == signed
+    whole = gated(signed=signed)
+    full = whole.calibrate(x.split(10), rounds=2, dynamic=found.share > 0)
+    assert full.share == 1 and not full.losses
+    assert found.norms == full.norms != ()
+    for name, gate in model.gates.items():
+        other = whole.gates[name]
+        torch.testing.assert_close(gate.weight, found.share * other.weight, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(gate.start, other.start)
+        shifts = [(g.start - g.bias).detach() for g in (gate, other)]
+        torch.testing.assert_close(shifts[0], found.share * shifts[1], rtol=1e-4, atol=1e-5)
+    assert f"predictors at {found.share:g} of that" in str(found)
+    assert found.to_dict()["losses"][0] == {"share": 1.0, "loss": found.losses[1.0]}
+
+
+def test_nothing_to_temper() -> None:
+    for model, options in ((gated(), {"dynamic": False}), (gated(ratio=0.0), {})):
+        found = model.calibrate(images().split(8), rounds=1, temper=True, **options)
+        assert found.share == 1 and not found.losses
+
+
 def test_training_mode_and_statistics_come_back() -> None:
     model, x = gated().train(), images(8)
     before = copy.deepcopy(model.backbone_state_dict())
@@ -235,6 +292,10 @@ def test_failures_leave_the_gates_as_they_were() -> None:
         model.calibrate(Loader())
     with pytest.raises(DataError, match="not finite"):
         model.calibrate([x * float("nan")])
+    forward = model.forward_head
+    model.forward_head = lambda *args, **options: [forward(*args, **options)]
+    with pytest.raises(ConfigError, match="without `temper`"):
+        model.calibrate([x], temper=True)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
 
@@ -246,6 +307,8 @@ def test_errors_name_cause_and_fix() -> None:
     with pytest.raises(DataError, match="iterator"):
         model.calibrate(iter([x]))
     model.calibrate(iter([x]), rounds=1, norms=False)
+    with pytest.raises(DataError, match="temper=False"):
+        model.calibrate(iter([x]), rounds=1, norms=False, temper=True)
     with pytest.raises(DataError, match="inputs="):
         model.calibrate([{"image": x}])
     model.calibrate([{"image": x}], rounds=1, inputs=lambda batch: batch["image"])
