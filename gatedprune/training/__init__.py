@@ -1,7 +1,8 @@
 """Getting gates to choose well: calibration in closed form, and what a training loop needs beside `penalty()`.
 
 `contribution` measures what each channel gives to the layers that read it (`reader`), `moments` accumulates it, `ridge`
-fits the predictors, `matching` follows what suppression does to batch norms, and `calibration` puts it all in place;
+fits the predictors, `matching` follows what suppression does to batch norms, `passes` goes through the data with all of
+these, and `calibration` puts it in place;
 `norms` does for statically pruned models what `matching` does for gated ones.
 `divergence` says how far an output moved. `allocation` gives each site its ratio, `thresholds` its T; `oracle` chooses
 with hindsight, as a yardstick. For training, `rates` gives predictors their learning rates, `schedule` raises the

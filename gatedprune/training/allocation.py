@@ -15,9 +15,9 @@ from torch import Tensor
 from ..config import check_ratio
 from ..errors import ConfigError, DataError
 from ..sites import evaluating, suspended
-from .calibration import Inputs, check_gated, model_arguments
 from .divergence import divergence
 from .matching import Matching, following_norms
+from .passes import Inputs, check_gated, model_arguments
 
 __all__ = ["Allocation", "allocate", "share_out"]
 

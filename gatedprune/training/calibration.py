@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -13,18 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, ModelError
+from ..errors import ConfigError, DataError
 from ..gates import Gate
-from ..sites import evaluating, suspended
-from ..wrapping import GatedModel
-from .contribution import Contributions
-from .divergence import divergence
-from .matching import Matching, following_norms
 from .moments import Moments
+from .passes import Inputs, Passes, check_gated
 from .ridge import SHRINKAGES, Ridge, fit, solve, squared_errors
 
-__all__ = ["Calibration", "SiteFit", "calibrate", "check_gated", "held_out_r2", "match_norms",
-           "model_arguments"]  # fmt: skip
+__all__ = ["Calibration", "SiteFit", "calibrate", "held_out_r2", "match_norms"]
 
 # Saliencies are shifted up until this many standard deviations below its mean a channel's is still at this floor: what
 # the rectifier cuts off would no longer be ranked.
@@ -32,8 +26,6 @@ MARGIN, FLOOR = 8.0, 0.01
 
 # How far predictors may move saliencies, where that is measured; beside the best static choice, share 0.
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)
-
-Inputs = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -167,7 +159,7 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
     before = {k: v.clone() for k, v in gated.gate_modules.state_dict().items()}
     try:
         gated.gate_modules.clear_matches()
-        found = _calibrate(_Passes(gated, batches, inputs, "calibrate()", norms), int(rounds), int(folds), dynamic,
+        found = _calibrate(Passes(gated, batches, inputs, "calibrate()", norms), int(rounds), int(folds), dynamic,
                            temper)  # fmt: skip
         if thresholds:
             gated.fit_thresholds(batches, inputs=inputs)
@@ -180,7 +172,7 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
     return found
 
 
-def _calibrate(passes: _Passes, rounds: int, folds: int, dynamic: bool, temper: bool) -> Calibration:
+def _calibrate(passes: Passes, rounds: int, folds: int, dynamic: bool, temper: bool) -> Calibration:
     gated = passes.gated
     suppressed = any(gate.active_count < gate.channels for gate in gated.gates.values())
     rounds = rounds if suppressed else 1
@@ -188,8 +180,9 @@ def _calibrate(passes: _Passes, rounds: int, folds: int, dynamic: bool, temper: 
     share, losses = 1.0, dict[float, float]()
     if temper and suppressed and chosen.samples > 1 and any(r.weight.any() for r, _ in chosen.plans.values()):
         static = _fit(passes, rounds, folds, False)
-        for tried, candidate in [*((share, chosen) for share in SHARES), (0.0, static)]:
-            candidate.without_first_fold().install(gated, tried)
+        others, constant = chosen.without_first_fold(), static.without_first_fold()
+        for tried, candidate in [*((share, others) for share in SHARES), (0.0, constant)]:
+            candidate.install(gated, tried)
             losses[tried] = passes.loss(folds)
         share = min(losses, key=lambda tried: (math.isnan(losses[tried]), losses[tried]))
         chosen = chosen if share else static
@@ -218,7 +211,7 @@ class _Fit:
         return _Fit(self.samples, plans, others)
 
 
-def _fit(passes: _Passes, rounds: int, folds: int, dynamic: bool) -> _Fit:
+def _fit(passes: Passes, rounds: int, folds: int, dynamic: bool) -> _Fit:
     """Fit the predictors, in each round after the first to the model with those of the round before."""
     moments: dict[str, Moments] = {}
     for i in range(rounds):
@@ -241,7 +234,7 @@ def match_norms(gated: Any, batches: Iterable[Any], inputs: Inputs | None = None
         Paths of the norms that were matched.
     """
     check_gated(gated, "match_norms()")
-    passes = _Passes(gated, batches, inputs, "match_norms()", True)
+    passes = Passes(gated, batches, inputs, "match_norms()", True)
     before = {path: gated.gate_modules.match(path) for path in gated.gate_modules.matched}
     gated.gate_modules.clear_matches()
     try:
@@ -276,7 +269,7 @@ def held_out_r2(gated: Any, calibration: Calibration, batches: Iterable[Any],
     check_gated(gated, "held_out_r2()")
     found: dict[str, float] = {}
     moments: dict[str, Moments] = {}
-    _Passes(gated, batches, inputs, "held_out_r2()", False).accumulate(moments, 1, gate=True)
+    Passes(gated, batches, inputs, "held_out_r2()", False).accumulate(moments, 1, gate=True)
     for name, m in moments.items():
         gate, info = gated.gates[name], calibration.sites[name]
         scaled = m.scaled(info.scale)
@@ -286,100 +279,6 @@ def held_out_r2(gated: Any, calibration: Calibration, batches: Iterable[Any],
                   ((weight, bias), (torch.zeros_like(weight), constant))]  # fmt: skip
         found[name] = 1 - errors[0] / errors[1] if errors[1] > 0 else 0.0
     return found
-
-
-def check_gated(gated: Any, where: str) -> None:
-    if not isinstance(gated, GatedModel):
-        raise ModelError(f"{where} takes a model that wrap() returned. {type(gated).__name__} is not gated.")
-
-
-class _Passes:
-    """Passes over the data in eval mode, each batch through the dense model and then, if asked, the gated one."""
-
-    def __init__(self, gated: Any, batches: Iterable[Any], inputs: Inputs | None, where: str, matching: bool) -> None:
-        self.gated, self.batches, self.inputs, self.where, self.matching = gated, batches, inputs, where, matching
-        self.norms: dict[str, str] | None = None
-        self.outputs: list[Any] = []  # the dense model's for the last batch, and if asked the gated one's
-
-    def accumulate(self, moments: dict[str, Moments], folds: int, *, gate: bool) -> int:
-        """Add what gates see and what channels contribute to every site's moments; returns the number of samples.
-
-        Args:
-            gate: Gates see the gated model, and contributions are those beside the winners; else the dense one, beside
-                all channels.
-        """
-        for moment in moments.values():
-            moment.seen = 0  # the same samples in the same folds
-        samples = 0
-        with closing(self._run(gate=gate, reading=True)) as records:
-            for record in records:
-                for site in self.gated.gated_sites:
-                    s = record.seen[site.name]
-                    if site.name not in moments:
-                        moments[site.name] = Moments(site.in_channels, site.channels, folds, s.device)
-                    active = self.gated.gates[site.name].last_active if gate else None
-                    moments[site.name].add(s, record.target(site.name, active))
-                samples += len(s)
-        return samples
-
-    def match(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Norm path → scale and shift that match its input in the gated model to the dense one's."""
-        with closing(self._run(gate=True, reading=False)) as records:
-            for _ in records:
-                pass
-        return self.found
-
-    def loss(self, folds: int) -> float:
-        """Mean divergence of the gated model's outputs from the dense one's, over the samples of the first fold."""
-        total, first, seen = 0.0, 0, 0
-        with closing(self._run(gate=True, reading=False)) as records:
-            for _ in records:
-                dense, output = self.outputs
-                each = divergence(dense, output)
-                left = (torch.arange(seen, seen + len(each)) % folds == 0).to(each.device)
-                total, first, seen = total + float(each[left].sum()), first + int(left.sum()), seen + len(each)
-        return total / max(first, 1)
-
-    def _run(self, *, gate: bool, reading: bool) -> Generator[Contributions, None, None]:
-        gated, samples = self.gated, 0
-        with torch.no_grad(), evaluating(gated), ExitStack() as stack:
-            for args in model_arguments(gated, self.batches, self.inputs, self.where):
-                if self.norms is None:
-                    with suspended(gated):
-                        self.norms = following_norms(gated, *args)
-                if not samples:
-                    record = stack.enter_context(Contributions(gated, self.norms, matched=self.matching))
-                    matching = stack.enter_context(Matching(gated, self.norms if self.matching else {}))
-                record.clear()
-                record.reading, matching.dense = reading, True
-                with suspended(gated):
-                    self.outputs = [gated(*args)]
-                if gate:
-                    record.reading = matching.dense = False
-                    self.outputs.append(gated(*args))
-                samples += 1
-                yield record
-            if not samples:
-                raise DataError(f"The `batches` of {self.where} are empty: give it a few hundred samples.")
-            self.found = matching.matches()
-        for module in gated.gates.values():
-            module.clear()
-
-
-def model_arguments(gated: Any, batches: Iterable[Any], inputs: Inputs | None, where: str) -> Iterator[tuple[Any, ...]]:
-    """The model's arguments for each batch, on the model's device."""
-    device = next(gated.parameters()).device
-    for batch in batches:
-        value = batch if inputs is None else inputs(batch)
-        if inputs is None and isinstance(value, (tuple, list)) and value:
-            value = value[0]  # (images, labels)
-        args = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        if not any(isinstance(a, Tensor) for a in args):
-            raise DataError(
-                f"The `batches` of {where} must hold tensors, or tuples that begin with one. Got "
-                f"{type(batch).__name__}: say with `inputs=` how to get the model's arguments from it."
-            )
-        yield tuple(a.to(device) if isinstance(a, Tensor) else a for a in args)
 
 
 def _plan(gate: Gate, moments: Moments, dynamic: bool) -> tuple[Ridge, SiteFit]:

@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import DataError, ModelError
 from ..sites import evaluating
 from ..wrapping import is_gated
-from .calibration import Inputs, model_arguments
 from .matching import ChannelSums
+from .passes import Inputs, model_arguments
 
 __all__ = ["reestimate_norms"]
 

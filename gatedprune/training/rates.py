@@ -14,8 +14,8 @@ from timm.optim import param_groups_weight_decay
 from ..errors import ConfigError, DataError
 from ..gates import Gate
 from ..sites import evaluating
-from .calibration import check_gated, model_arguments
 from .contribution import Contributions
+from .passes import check_gated, model_arguments
 
 __all__ = ["REACH", "parameter_groups", "predictor_rates"]
 

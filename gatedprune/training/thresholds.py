@@ -15,7 +15,7 @@ from ..errors import ConfigError, DataError, ModelError
 from ..gates import Gate
 from ..sites import evaluating
 from ..wrapping import GatedModel
-from .calibration import model_arguments
+from .passes import model_arguments
 
 __all__ = ["SiteThreshold", "ThresholdFit", "fit_thresholds"]
 
