@@ -28,17 +28,16 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
     rows = [("", *(f"{run['ratio']:g}" for run in runs)), ("---",) * (len(runs) + 1)]
     rows += [(f"static, {name}", *(f"{run['static'][name]:.1f}" for run in runs)) for name in runs[0]["static"]]
     rows.append(("dynamic, calibrated", *(f"{run['dynamic']:.1f}" for run in runs)))
-    if "tempered" in runs[0]:
-        rows.append(("dynamic, tempered", *(f"{run['tempered']:.1f}" for run in runs)))
-        rows.append(("share of predictors", *(f"{run['share']:g}" for run in runs)))
+    rows.append(("… its share of the predictors", *(f"{run['share']:g}" for run in runs)))
     if "allocated" in runs[0]:
         for way in ("static", "dynamic"):
             rows.append((f"{way}, calibrated, allocated", *(f"{run['allocated'][way]:.1f}" for run in runs)))
     if "oracle" in runs[0]:
+        rows.append(("dynamic, predictors whole", *(f"{run['whole']:.1f}" for run in runs)))
         rows.append(("dynamic, per-image oracle", *(f"{run['oracle']:.1f}" for run in runs)))
     rows.append(("MACs left, predictors included", *(f"{run['macs']:.2f}" for run in runs)))
-    for key, title in (("r2_cross_validated", "R², cross-validated"), ("r2_held_out", "R², evaluation images")):
-        if key in next(iter(runs[0]["sites"].values())):
+    if "sites" in runs[0]:
+        for key, title in (("r2_cross_validated", "R², cross-validated"), ("r2_held_out", "R², evaluation images")):
             rows += [(f"{title}: {site}", *(f"{run['sites'][site][key]:.2f}" for run in runs))
                      for site in runs[0]["sites"]]  # fmt: skip
     return "\n".join([f"top-1, from {dense:.1f} dense", "", *("| " + " | ".join(row) + " |" for row in rows)])
@@ -70,7 +69,6 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
 )
 @click.option("--rounds", type=click.IntRange(1), default=4, help="Passes over the calibration images.")
 @click.option("--views", type=click.IntRange(1), default=1, help="The images themselves, and random crops of them.")
-@click.option("--temper/--no-temper", default=False, help="Also with predictors tempered, `calibrate(temper=True)`.")
 @click.option("--allocate/--uniform", default=False, help="Also ratios by sensitivity, at the same MACs.")
 @click.option(
     "--ranking",
@@ -80,14 +78,18 @@ def table(dense: float, runs: list[dict[str, Any]]) -> str:
     default=RANKINGS,
     help="Static rankings to measure; may be given several times.",
 )
-@click.option("--yardsticks/--no-yardsticks", default=True, help="Also the per-image oracle, and R² on the images.")
+@click.option(
+    "--yardsticks/--no-yardsticks",
+    default=True,
+    help="Also predictors that are not tempered, the per-image oracle, and R² of the former.",
+)
 @click.option("--mean", type=float, help="Of the normalisation; default: the model's.")
 @click.option("--std", type=float, help="Of the normalisation; default: the model's.")
 @click.option("--batch", type=click.IntRange(1), default=50, help="Images a forward pass.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the numbers to this file.")
 def main(model: str, weights: Path | None, images: Path | None, labels: Path | None, calibration: Path,
          ratios: tuple[float, ...], include: tuple[str, ...], exclude: tuple[str, ...], signed: bool,
-         rank: int | None, held_out: int | None, rounds: int, views: int, temper: bool, allocate: bool,
+         rank: int | None, held_out: int | None, rounds: int, views: int, allocate: bool,
          rankings: tuple[str, ...], yardsticks: bool, mean: float | None, std: float | None, batch: int,
          file: Path | None) -> None:  # fmt: skip
     """Top-1 of dense, static and dynamic pruning without training, at the same number of channels."""
@@ -111,7 +113,7 @@ def main(model: str, weights: Path | None, images: Path | None, labels: Path | N
                    "calibration": len(other[0])}  # fmt: skip
         for ratio in ratios:
             run = measure(gated, ratio, data, pictures, truth, batch=batch, rounds=rounds, rankings=rankings,
-                          yardsticks=yardsticks, temper=temper)  # fmt: skip
+                          yardsticks=yardsticks)  # fmt: skip
             if allocate:
                 run["allocated"] = measure_allocated(gated, run["macs"], data, pictures, truth, batch=batch,
                                                      rounds=rounds)  # fmt: skip

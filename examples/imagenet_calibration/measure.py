@@ -42,7 +42,6 @@ def top1(model: nn.Module, images: Tensor, labels: Tensor, batch: int) -> float:
 def measure(
     gated: Any, ratio: float | Mapping[str, float], calibration: Views, images: Tensor, labels: Tensor, *,
     batch: int = 50, rounds: int = 4, rankings: Sequence[str] = RANKINGS, yardsticks: bool = True,
-    temper: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Top-1 in percent of the ways to choose channels, at one ratio.
 
@@ -52,13 +51,13 @@ def measure(
         calibration: Static choices and norms are measured on its first view.
         images: (N, 3, H, W). labels: (N,), of the images.
         batch: Images a forward pass. rounds: of `gatedprune.calibrate`.
-        rankings: Of `RANKINGS`. yardsticks: Also measure the per-image oracle, and R² on the images.
-        temper: Also calibrate with ``temper=True``.
+        rankings: Of `RANKINGS`. yardsticks: Also measure predictors that are not tempered, the per-image oracle, and
+            R² of the former.
 
     Returns:
-        ``macs``, the share of the dense MACs that is left; ``static``, way → top-1; ``dynamic``, ``tempered`` and
-        ``oracle``, top-1; ``share``, of the tempered one's `Calibration`;
-        ``sites``, site → shrinkage and R², cross-validated and on the images.
+        ``macs``, the share of the dense MACs that is left; ``static``, way → top-1; ``dynamic``, ``whole`` and
+        ``oracle``, top-1; ``share``, of the dynamic one's `Calibration`; with ``yardsticks`` also ``sites``, site →
+        shrinkage and R², cross-validated and on the images, of whole predictors.
     """
     plain = calibration.views[0].split(calibration.batch)
     gated.set_ratio(0.0)
@@ -83,18 +82,17 @@ def measure(
     calibrate(gated, plain, rounds=rounds, dynamic=False)
     found["static"]["calibrated, constant term alone"] = top1(gated, images, labels, batch)
     fitted = calibrate(gated, calibration, rounds=rounds)
-    found["dynamic"] = top1(gated, images, labels, batch)
-    found["sites"] = {
-        name: {"ratio": gated.gates[name].ratio, "shrinkage": site.shrinkage, "r2_cross_validated": site.r2}
-        for name, site in fitted.sites.items()
-    }
+    found["dynamic"], found["share"] = top1(gated, images, labels, batch), fitted.share
     if yardsticks:
         found["oracle"] = top1(OracleChoice(gated), images, labels, batch)
-        for name, r2 in held_out_r2(gated, fitted, images.split(batch)).items():
-            found["sites"][name]["r2_held_out"] = r2
-    if temper:
-        found["share"] = calibrate(gated, calibration, rounds=rounds, temper=True).share
-        found["tempered"] = top1(gated, images, labels, batch)
+        fitted = calibrate(gated, calibration, rounds=rounds, temper=False)
+        found["whole"] = top1(gated, images, labels, batch)
+        held_out = held_out_r2(gated, fitted, images.split(batch))
+        found["sites"] = {
+            name: {"ratio": gated.gates[name].ratio, "shrinkage": site.shrinkage, "r2_cross_validated": site.r2,
+                   "r2_held_out": held_out[name]}
+            for name, site in fitted.sites.items()
+        }  # fmt: skip
     return found
 
 
@@ -116,7 +114,7 @@ def measure_allocated(
     for way, dynamic in (("static", False), ("dynamic", True)):
         data = calibration if dynamic else calibration.views[0].split(calibration.batch)
         gated.set_ratio(0.0)
-        calibrate(gated, data, rounds=1, dynamic=dynamic, norms=False)
+        calibrate(gated, data, rounds=1, dynamic=dynamic, norms=False)  # at ratio 0: nothing is tempered
         found["ratios"][way] = dict(allocate(gated, few, macs=macs).ratios)
         calibrate(gated, data, rounds=rounds, dynamic=dynamic)
         found[way] = top1(gated, images, labels, batch)

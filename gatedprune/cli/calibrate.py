@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data import Images, read_images
 from ..io import save
 from ..training import calibrate
-from ..training.calibration import SHARES
+from ..training.calibration import count_passes
 from .common import (
     Chosen,
     Gating,
@@ -55,8 +55,8 @@ class Counted:
 @limit_option
 @batch_option
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Passes over the images.")
-@click.option("--temper", is_flag=True, help="Also choose how far predictors may move saliencies, by the outputs for "
-              "images left out: twice as long.")  # fmt: skip
+@click.option("--temper/--no-temper", default=True, show_default=True, help="Choose how far gates may go by the image, "
+              "by the outputs for images left out; half of the time.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(model: Chosen, data: Path, output: Path, gated: Gating, size: tuple[int, int] | None, limit: int | None,
             batch: int, rounds: int, temper: bool, as_json: bool) -> None:  # fmt: skip
@@ -77,8 +77,8 @@ def command(model: Chosen, data: Path, output: Path, gated: Gating, size: tuple[
         network = model(size)
         network = gated(network, torch.zeros(2, *image(network, size)))
         images = read_images(data, network, size=size, limit=limit, batch=batch)
-        passes = 2 * rounds + len(SHARES) + 1 if temper else rounds
-        with click.progressbar(length=passes * len(images), label="calibrating", file=sys.stderr) as bar:
+        steps = count_passes(rounds, temper=temper) * len(images)
+        with click.progressbar(length=steps, label="calibrating", file=sys.stderr) as bar:
             found = calibrate(network, Counted(images, bar), rounds=rounds, temper=temper)
         return found, save(network, output)
 

@@ -16,7 +16,7 @@ from ..config import check_ratio
 from ..errors import ConfigError, DataError
 from ..sites import evaluating, suspended
 from .divergence import divergence
-from .matching import Matching, following_norms
+from .matching import Matching, batch_norms
 from .passes import Inputs, check_gated, model_arguments
 
 __all__ = ["Allocation", "allocate", "share_out"]
@@ -113,7 +113,7 @@ def _sensitivity(gated: Any, batches: Iterable[Any], inputs: Inputs | None, leve
         for args in model_arguments(gated, batches, inputs, "allocate()"):
             with suspended(gated):
                 if matching is None:
-                    matching = stack.enter_context(Matching(gated, following_norms(gated, *args)))
+                    matching = stack.enter_context(Matching(gated, batch_norms(gated)))
                 matching.dense = True
                 dense = gated(*args)
             matching.dense = False

@@ -16,16 +16,14 @@ from ..errors import ConfigError, DataError
 from ..gates import Gate
 from .moments import Moments
 from .passes import Inputs, Passes, check_gated
-from .ridge import SHRINKAGES, Ridge, fit, solve, squared_errors
+from .ridge import SHRINKAGES, Ridge, fit, squared_errors
+from .tempering import LeftOut, temper
 
 __all__ = ["Calibration", "SiteFit", "calibrate", "held_out_r2", "match_norms"]
 
 # Saliencies are shifted up until this many standard deviations below its mean a channel's is still at this floor: what
 # the rectifier cuts off would no longer be ranked.
 MARGIN, FLOOR = 8.0, 0.01
-
-# How far predictors may move saliencies, where that is measured; beside the best static choice, share 0.
-SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class Calibration:
         samples: How many samples were seen.
         sites: Site name → how its gate was fitted.
         norms: Paths of the batch norms that were matched.
-        share: What predictors were multiplied by; 1 without `temper`, 0 where the static choice was best.
-        losses: With `temper`, share → mean `divergence` of the samples left out.
+        share: What predictors were multiplied by; 0 where the static choice was best.
+        losses: With `temper`, share → mean `divergence`, each sample with predictors that its fold had no part in.
     """
 
     samples: int
@@ -82,12 +80,12 @@ class Calibration:
             lines.append(f"{name:<{width}}  {site.channels:>8}  {site.in_channels:>9}  {site.shrinkage:>9.2g}  {r2:>6}")
         if self.losses:
             found = ", ".join(f"{share:g}: {loss:.3g}" for share, loss in self.losses.items())
-            lines.append(f"predictors at {self.share:g} of that; loss on samples left out at {found}")
+            lines.append(f"predictors at {self.share:g} of that; divergence from the dense model at {found}")
         return "\n".join(lines)
 
 
 def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int = 5, norms: bool = True,
-              dynamic: bool = True, temper: bool = False, strength: float = 0.0,
+              dynamic: bool = True, temper: bool = True, strength: float = 0.0,
               inputs: Inputs | None = None) -> Calibration:  # fmt: skip
     """Fit every gate's predictor, in closed form: from what the gate sees to what each channel contributes.
 
@@ -105,11 +103,11 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
     the gated model, at its present ratios, with the predictors found so far, and contributions are what each channel
     adds to those that win. The moments of these further rounds are added up.
 
-    A layer that reads fewer channels gives another mean and variance than the batch norm behind it was made for. A
-    scale and a shift for each channel of that norm's input, kept with the gates, match them to the dense model's on the
-    same samples (`norms`); on the way, batch by batch: give batches of a few dozen. They hold for the present ratios:
-    `set_ratio` takes them out. `compact`, `save` and `export` carry them; the norm's own statistics and the backbone's
-    state dict stay as they were.
+    A layer that reads fewer channels gives another mean and variance than the batch norm behind it was made for, and so
+    does every layer after it. A scale and a shift for each channel of each norm's input, kept with the gates, match
+    them to the dense model's on the same samples (`norms`), a gated site's channels on those for which they win; on the
+    way, batch by batch: give batches of a few dozen. They hold for the present ratios: `set_ratio` takes them out.
+    `compact`, `save` and `export` carry them; the norm's statistics and the backbone's state dict stay as they were.
 
     Gates with a threshold (``gate="threshold"``) choose the k largest meanwhile; at last their T is set by
     `fit_thresholds`, in a few passes more.
@@ -120,14 +118,14 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
             that begin with one (labels are ignored).
         rounds: Passes over the data; 1 looks at the dense model alone.
         folds: K ≥ 2 of the cross-validation. Sample i belongs to fold i mod K: keep the order from pass to pass.
-        norms: Match the batch norms behind the layers that read a site, in one more pass.
+        norms: Match the batch norms, in one more pass.
         dynamic: False: the constant term alone. The model is then a statically pruned one, chosen and matched with the
             same care: what to compare with, and what to train from.
         temper: Also choose how far all predictors together may move saliencies by image: φ is multiplied by 1, 0.7,
             0.5, 0.35 or 0.25, or the choice is that of ``dynamic=False``, whichever gives outputs nearest to the dense
-            model's (`divergence`) for a fold that it was not fitted to. The regression of one site cannot know what
-            choosing by image costs: layers behind were made for all channels, and other gates choose as well. Takes
-            the rounds of ``dynamic=False`` and six passes more.
+            model's (`divergence`), each sample's with predictors fitted to the other folds. The regression of one site
+            cannot know what choosing by image costs: layers behind were made for all channels, and other gates choose
+            as well. Half of the time; False: whole predictors.
         strength: σ of every gate afterwards (see `Gate`), not negative. With ``dynamic=False`` the gain is 1 whatever
             σ is; otherwise a σ above 0 rescales winners at once.
         inputs: From an element of ``batches`` to the model's argument, or to a tuple of them.
@@ -136,8 +134,8 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
         The shrinkage and the cross-validated R² of each site, and the batch norms that were matched.
 
     Raises:
-        ConfigError: ``rounds``, ``folds`` or ``strength`` out of its domain, or with `temper` an output that is no
-            tensor. ModelError: the model is not gated.
+        ConfigError: ``rounds``, ``folds`` or ``strength`` out of its domain, or with `temper` an output without
+            tensors. ModelError: the model is not gated.
         DataError: no batches, batches that can be gone through only once, or activations that are not finite. The gates
             are then as they were.
 
@@ -151,7 +149,7 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
         raise ConfigError(f"`strength` of calibrate() must be a number of at least 0. Got {strength!r}.")
     check_gated(gated, "calibrate()")
     thresholds = any(gate.varies for gate in gated.gates.values())
-    if (rounds > 1 or norms or temper or thresholds) and isinstance(batches, Iterator):
+    if (rounds > 1 or norms or (temper and dynamic) or thresholds) and isinstance(batches, Iterator):
         raise DataError(
             "The `batches` of calibrate() are an iterator, which is used up after one of the rounds: give it a list "
             "or a data loader, or rounds=1, norms=False, temper=False."
@@ -172,30 +170,32 @@ def calibrate(gated: Any, batches: Iterable[Any], *, rounds: int = 4, folds: int
     return found
 
 
-def _calibrate(passes: Passes, rounds: int, folds: int, dynamic: bool, temper: bool) -> Calibration:
+def count_passes(rounds: int = 4, *, norms: bool = True, temper: bool = True) -> int:
+    """How often `calibrate` goes through the data; less often where no channel is suppressed."""
+    return rounds + norms + (rounds if temper else 0)
+
+
+def _calibrate(passes: Passes, rounds: int, folds: int, dynamic: bool, tempering: bool) -> Calibration:
     gated = passes.gated
     suppressed = any(gate.active_count < gate.channels for gate in gated.gates.values())
     rounds = rounds if suppressed else 1
-    chosen = _fit(passes, rounds, folds, dynamic)
+    first = dict[str, Moments]()
+    samples = passes.accumulate(first, folds, gate=False)
+    chosen = _fit(passes, first, rounds, dynamic)
     share, losses = 1.0, dict[float, float]()
-    if temper and suppressed and chosen.samples > 1 and any(r.weight.any() for r, _ in chosen.plans.values()):
-        static = _fit(passes, rounds, folds, False)
-        others, constant = chosen.without_first_fold(), static.without_first_fold()
-        for tried, candidate in [*((share, others) for share in SHARES), (0.0, constant)]:
-            candidate.install(gated, tried)
-            losses[tried] = passes.loss(folds)
-        share = min(losses, key=lambda tried: (math.isnan(losses[tried]), losses[tried]))
+    if tempering and suppressed and any(ridge.weight.any() for ridge, _ in chosen.plans.values()):
+        static = _fit(passes, first, rounds, False)
+        share, losses = temper(passes, chosen.left_out(gated), static.left_out(gated))
         chosen = chosen if share else static
     chosen.install(gated, share)
     matched = _set_matches(gated, passes.match()) if suppressed and passes.matching and passes.norms else ()
-    return Calibration(chosen.samples, {name: info for name, (_, info) in chosen.plans.items()}, matched, share, losses)
+    return Calibration(samples, {name: info for name, (_, info) in chosen.plans.items()}, matched, share, losses)
 
 
 @dataclass(frozen=True)
 class _Fit:
     """Predictors for all gates: site → the regression and how it was found, and → the moments that it is of."""
 
-    samples: int
     plans: Mapping[str, tuple[Ridge, SiteFit]]
     moments: Mapping[str, Moments]
 
@@ -204,34 +204,38 @@ class _Fit:
         for name, (ridge, info) in self.plans.items():
             _install(gated.gates[name], ridge, info, self.moments[name], share)
 
-    def without_first_fold(self) -> _Fit:
-        """Of the same shrinkages, from the other folds."""
-        others = {name: m.pick(torch.arange(m.folds, device=m.x.device) > 0) for name, m in self.moments.items()}
-        plans = {name: (solve(others[name], info.shrinkage), info) for name, (_, info) in self.plans.items()}
-        return _Fit(self.samples, plans, others)
+    def left_out(self, gated: Any) -> dict[str, LeftOut]:
+        return {name: LeftOut.of(gated.gates[name], ridge, self.moments[name].folds, info.scale, info.offset,
+                                 _seen(gated.gates[name], self.moments[name].total()))
+                for name, (ridge, info) in self.plans.items()}  # fmt: skip
 
 
-def _fit(passes: Passes, rounds: int, folds: int, dynamic: bool) -> _Fit:
-    """Fit the predictors, in each round after the first to the model with those of the round before."""
-    moments: dict[str, Moments] = {}
+def _fit(passes: Passes, first: Mapping[str, Moments], rounds: int, dynamic: bool) -> _Fit:
+    """Fit the predictors, in each round after the first to the model with those of the round before.
+
+    Args:
+        first: Of contributions among all channels, in the dense model; later rounds begin anew, as theirs are others.
+    """
+    moments, later = first, dict[str, Moments]()
     for i in range(rounds):
-        if i == 1:
-            moments.clear()  # contributions among all channels: another quantity
-        samples = passes.accumulate(moments, folds, gate=i > 0)
+        if i:
+            folds = next(iter(first.values())).folds
+            passes.accumulate(later, folds, gate=True)
+            moments = later
         plans = {name: _plan(passes.gated.gates[name], m, dynamic) for name, m in moments.items()}
-        found = _Fit(samples, plans, moments)
+        found = _Fit(plans, moments)
         found.install(passes.gated)
     return found
 
 
 def match_norms(gated: Any, batches: Iterable[Any], inputs: Inputs | None = None) -> tuple[str, ...]:
-    """Match the batch norms behind readers of gated sites for the gates as they are; `calibrate` does so by itself.
+    """Match the batch norms to the dense model's for the gates as they are; `calibrate` does so by itself.
 
     Args:
         gated: A gated model. batches, inputs: As for `calibrate`; gone through once.
 
     Returns:
-        Paths of the norms that were matched.
+        Paths of the norms that were matched: those whose input is another than in the dense model.
     """
     check_gated(gated, "match_norms()")
     passes = Passes(gated, batches, inputs, "match_norms()", True)
@@ -295,18 +299,19 @@ def _plan(gate: Gate, moments: Moments, dynamic: bool) -> tuple[Ridge, SiteFit]:
     return ridge, SiteFit(gate.channels, gate.in_channels, ridge.shrinkage, ridge.r2, scale, offset)
 
 
-def _root(covariance: Tensor) -> Tensor:
-    """A with A·Aᵀ = the covariance."""
-    values, vectors = torch.linalg.eigh(covariance)
+def _seen(gate: Gate, total: Moments) -> Tensor | None:
+    """A with A·Aᵀ = the covariance of what a gate sees, where its predictor has to be cut to a low rank."""
+    if gate.rank is None:
+        return None
+    mx = total.x[0] / total.count
+    values, vectors = torch.linalg.eigh(total.xx[0] / total.count - mx[:, None] * mx)
     return vectors * values.clamp_min(0).sqrt()
 
 
 def _install(gate: Gate, ridge: Ridge, info: SiteFit, moments: Moments, share: float) -> None:
     total = moments.total()
     mx, start = total.x[0] / total.count, info.scale * total.y[0] / total.count + info.offset
-    # Only a predictor of low rank has to be cut, for which the decomposition is.
-    seen = None if gate.rank is None else _root(total.xx[0] / total.count - mx[:, None] * mx)
-    gate.set_predictor(share * info.scale * ridge.weight, seen)
+    gate.set_predictor(share * info.scale * ridge.weight, _seen(gate, total))
     gate.bias.copy_(start - gate.predictor.to(mx) @ mx)  # the mean saliency stays what it was, cut or not
     gate.start.copy_(start)
     gate.strength.zero_()

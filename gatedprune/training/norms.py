@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import DataError, ModelError
 from ..sites import evaluating
 from ..wrapping import is_gated
-from .matching import ChannelSums
+from .matching import ChannelSums, Rows, batch_norms
 from .passes import Inputs, model_arguments
 
 __all__ = ["reestimate_norms"]
@@ -45,11 +44,7 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], inputs: Inputs | 
         raise ModelError(
             "reestimate_norms() is for models without gates; calibrate() matches the norms of a gated one."
         )
-    norms: dict[str, Any] = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+    norms: dict[str, Any] = {**batch_norms(model)}
     before = {path: (norm.running_mean.clone(), norm.running_var.clone()) for path, norm in norms.items()}
     sums = {path: ChannelSums() for path in norms}
     samples = False
@@ -70,12 +65,12 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Any], inputs: Inputs | 
         for path, (mean, var) in before.items():
             _set(norms[path], mean, var)
         raise
-    return tuple(path for path in norms if sums[path].count)
+    return tuple(path for path in norms if not sums[path].empty)
 
 
 def _hook(sums: ChannelSums) -> Any:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        sums.add(args[0] if args else next(iter(kwargs.values())))
+        sums.add(Rows.of(args[0] if args else next(iter(kwargs.values()))))
         _set(module, *sums.moments())
 
     return hook

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import ModelError
-from ..functional import active_set
+from ..functional import active_set, subsample
 from ..gates import Gate
 from ..sites import suspended
 from ..wrapping import GatedModel
 from .contribution import Contributions
 from .matching import Matching, following_norms
 
-__all__ = ["OracleChoice"]
+__all__ = ["OracleChoice", "choosing"]
 
 
 class OracleChoice(nn.Module):
     """A gated model whose gates choose by the true contributions of the sample's channels in the dense model.
 
-    Each call runs the model twice: dense, to learn them, and masked. The gain is 1. Batch norms that follow readers are
-    matched to the dense pass on the same batch where calibration matched them.
+    Each call runs the model twice: dense, to learn them, and masked. The gain is 1. Batch norms that calibration
+    matched are matched to the dense pass on the same batch.
 
     Args:
         gated: A gated model; its k are used.
@@ -45,13 +43,12 @@ class OracleChoice(nn.Module):
         gated = self.gated
         with suspended(gated):
             norms = following_norms(gated, *args)
-        matched = {reader: path for reader, path in norms.items() if path in gated.gate_modules.matched}
-        with Matching(gated, matched) as matching:
+        with Matching(gated, gated.gate_modules.matched) as matching:
             with Contributions(gated, norms) as seen, suspended(gated):
                 gated(*args)
             matching.dense = False
             scores = {site.name: self._scores(seen, site.name) for site in gated.gated_sites}
-            with _unmatched(gated), _Overriding(gated, scores):
+            with _unmatched(gated), choosing(gated, lambda name, s: scores[name]):
                 return gated(*args)
 
     def _scores(self, seen: Contributions, site: str) -> Tensor:
@@ -77,28 +74,26 @@ def _unmatched(gated: GatedModel) -> Iterator[None]:
             modules.set_match(path, *found)
 
 
-class _Overriding:
-    """While entered, gates choose by known scores."""
+@contextmanager
+def choosing(gated: GatedModel, scores: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """While entered, gates choose the k channels of the largest score, and the gain is 1.
 
-    def __init__(self, gated: GatedModel, scores: dict[str, Tensor]) -> None:
-        self.gated, self.scores = gated, scores
-        self.handles: list[RemovableHandle] = []
+    Args:
+        scores: From a gate's name and what it sees, (B, C_in), to (B, C); called once for each time that a gate runs.
+    """
 
-    def __enter__(self) -> None:
-        for name, gate in self.gated.gates.items():
-            self.handles.append(gate.register_forward_hook(_Override(self.scores[name])))
+    def override(name: str) -> Any:
+        def hook(gate: Gate, args: tuple, output: Tensor) -> Tensor:
+            found = scores(name, subsample(args[0], gate.channel_dim, gate.signed, gate.bias.dtype))
+            gate.last_active = active_set(found, gate.active_count).to(output.device)
+            gate.last_gain = gate.bias.new_ones(gate.last_active.shape)
+            return gate.last_active
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self.handles:
+        return hook
+
+    handles = [gate.register_forward_hook(override(name)) for name, gate in gated.gates.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
-
-
-class _Override:
-    def __init__(self, target: Tensor) -> None:
-        self.target = target
-
-    def __call__(self, gate: Gate, args: tuple, output: Tensor) -> Tensor:
-        gate.last_active = active_set(self.target, gate.active_count).to(output.device)
-        assert gate.last_gain is not None
-        gate.last_gain = torch.ones_like(gate.last_gain)
-        return gate.last_active

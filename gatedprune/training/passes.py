@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..sites import evaluating, suspended
 from ..wrapping import GatedModel
 from .contribution import Contributions
 from .divergence import divergence
-from .matching import Matching, following_norms
+from .matching import Matching, batch_norms, following_norms
 from .moments import Moments
 
 __all__ = ["Inputs", "Passes", "check_gated", "model_arguments"]
@@ -33,7 +34,8 @@ class Passes:
     def __init__(self, gated: Any, batches: Iterable[Any], inputs: Inputs | None, where: str, matching: bool) -> None:
         self.gated, self.batches, self.inputs, self.where, self.matching = gated, batches, inputs, where, matching
         self.norms: dict[str, str] | None = None
-        self.outputs: list[Any] = []  # the dense model's for the last batch, and if asked the gated one's
+        self._dense: Any = None  # the dense model's output for the last batch
+        self._again: Callable[[], Any] = gated  # the gated model on that batch
 
     def accumulate(self, moments: dict[str, Moments], folds: int, *, gate: bool) -> int:
         """Add what gates see and what channels contribute to every site's moments; returns the number of samples.
@@ -63,16 +65,21 @@ class Passes:
                 pass
         return self.found
 
-    def loss(self, folds: int) -> float:
-        """Mean divergence of the gated model's outputs from the dense one's, over the samples of the first fold."""
-        total, first, seen = 0.0, 0, 0
-        with closing(self._run(gate=True, reading=False)) as records:
+    def losses(self, choices: Sequence[Callable[[], AbstractContextManager[None]]]) -> list[float]:
+        """Mean divergence of the gated model's outputs from the dense one's for each way to choose, in one pass.
+
+        Args:
+            choices: Each opens a context, batch after batch, in which gates choose that way.
+        """
+        totals, samples = [0.0] * len(choices), 0
+        with closing(self._run(gate=False, reading=False)) as records:
             for _ in records:
-                dense, output = self.outputs
-                each = divergence(dense, output)
-                left = (torch.arange(seen, seen + len(each)) % folds == 0).to(each.device)
-                total, first, seen = total + float(each[left].sum()), first + int(left.sum()), seen + len(each)
-        return total / max(first, 1)
+                for i, choice in enumerate(choices):
+                    with choice():
+                        each = divergence(self._dense, self._again())
+                    totals[i] += float(each.sum())
+                samples += len(each)
+        return [total / samples for total in totals]
 
     def _run(self, *, gate: bool, reading: bool) -> Generator[Contributions, None, None]:
         gated, samples = self.gated, 0
@@ -83,14 +90,15 @@ class Passes:
                         self.norms = following_norms(gated, *args)
                 if not samples:
                     record = stack.enter_context(Contributions(gated, self.norms, matched=self.matching))
-                    matching = stack.enter_context(Matching(gated, self.norms if self.matching else {}))
+                    matching = stack.enter_context(Matching(gated, batch_norms(gated) if self.matching else ()))
                 record.clear()
                 record.reading, matching.dense = reading, True
                 with suspended(gated):
-                    self.outputs = [gated(*args)]
+                    self._dense = gated(*args)
+                record.reading = matching.dense = False
+                self._again = partial(gated, *args)
                 if gate:
-                    record.reading = matching.dense = False
-                    self.outputs.append(gated(*args))
+                    self._again()
                 samples += 1
                 yield record
             if not samples:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .moments import Moments
 
-__all__ = ["SHRINKAGES", "Ridge", "fit", "solve", "squared_errors"]
+__all__ = ["SHRINKAGES", "Ridge", "fit", "squared_errors"]
 
 # In units of a standardised feature's variance: half decades; the last leaves nothing but the constant term.
 SHRINKAGES = (*(10 ** (e / 2) for e in range(-8, 7)), math.inf)
@@ -22,16 +22,24 @@ class Ridge:
     """A fitted regression y ≈ x·φᵀ + ρ.
 
     Attributes:
-        weight: φ, (C, P). bias: ρ, (C,).
+        weight: φ, (C, P). bias: ρ, (C,). center: The features' mean, (P,).
         shrinkage: λ, chosen for all targets together; infinite: the constant term alone.
         r2: 1 − (squared errors on the folds left out) / (those of the constant term), over all targets; at least 0,
             as the constant term is among the candidates. None with fewer than two folds of data.
+        without: Fold → the regression of the same shrinkage, fitted to the other folds; empty with fewer than two.
     """
 
     weight: Tensor
     bias: Tensor
+    center: Tensor
     shrinkage: float
-    r2: float | None
+    r2: float | None = None
+    without: Mapping[int, Ridge] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the targets that it was fitted to, (C,)."""
+        return self.bias + self.weight @ self.center
 
 
 class _Path:
@@ -49,13 +57,12 @@ class _Path:
         cross = (m.xy[0] / n - self.mx[:, None] * self.my) * self.scale[:, None]
         self.projected = self.vectors.T @ cross
 
-    def solution(self, shrinkage: float) -> tuple[Tensor, Tensor]:
-        """φ (C, P), ρ (C,)."""
+    def solution(self, shrinkage: float) -> Ridge:
         if math.isinf(shrinkage):
-            return torch.zeros_like(self.projected).T, self.my
+            return Ridge(torch.zeros_like(self.projected).T, self.my, self.mx, shrinkage)
         beta = self.vectors @ (self.projected / (self.values.clamp_min(0) + shrinkage)[:, None])
         phi = (beta * self.scale[:, None]).T
-        return phi, self.my - phi @ self.mx
+        return Ridge(phi, self.my - phi @ self.mx, self.mx, shrinkage)
 
 
 def squared_errors(m: Moments, weight: Tensor, bias: Tensor) -> Tensor:
@@ -80,20 +87,17 @@ def fit(moments: Moments, shrinkages: Sequence[float] = SHRINKAGES) -> Ridge:
     filled = [f for f in range(moments.folds) if moments.count[f] > 0]
     path = _Path(moments.total())
     if len(filled) < 2:
-        return Ridge(*path.solution(math.inf), math.inf, None)
-    errors = torch.zeros(len(shrinkages), dtype=torch.float64)
+        return path.solution(math.inf)
+    errors, others = torch.zeros(len(shrinkages), dtype=torch.float64), dict[int, _Path]()
     for f in filled:
         out = torch.arange(moments.folds, device=moments.x.device) == f
-        others, left = _Path(moments.pick(~out)), moments.pick(out)
+        others[f], left = _Path(moments.pick(~out)), moments.pick(out)
         for i, shrinkage in enumerate(shrinkages):
-            errors[i] += float(squared_errors(left, *others.solution(shrinkage)).sum())
+            tried = others[f].solution(shrinkage)
+            errors[i] += float(squared_errors(left, tried.weight, tried.bias).sum())
     constant = float(errors[-1])
     # Ties go to the greater shrinkage: a site that cannot be predicted is left with its constant term.
     best = len(shrinkages) - 1 - int(errors.flip(0).argmin())
     r2 = 1 - float(errors[best]) / constant if constant > 0 else 0.0
-    return Ridge(*path.solution(shrinkages[best]), shrinkages[best], r2)
-
-
-def solve(moments: Moments, shrinkage: float) -> Ridge:
-    """The ridge regression of this shrinkage."""
-    return Ridge(*_Path(moments.total()).solution(shrinkage), shrinkage, None)
+    without = {f: other.solution(shrinkages[best]) for f, other in others.items()}
+    return replace(path.solution(shrinkages[best]), r2=r2, without=without)

@@ -1,8 +1,9 @@
 """Batch norms of a gated model: what reaches them is matched to what reaches them in the dense one.
 
-Without its suppressed channels a layer's output is smaller, and its mean is another; the batch norm behind it was made
-for the dense layer's. A scale and a shift for each channel of the norm's input put that right.
-They live with the gates: the norm's own statistics stay, so a checkpoint of the backbone loads, and `unwrap` restores.
+Without its suppressed channels a layer's output is smaller, and its mean is another; the batch norm behind it, and all
+that come later, were made for the dense layer's. A scale and a shift for each channel of the norm's input put that
+right. They live with the gates: the norm's own statistics stay, so a checkpoint of the backbone loads, and `unwrap`
+restores.
 """
 
 from __future__ import annotations

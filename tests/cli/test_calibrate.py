@@ -28,7 +28,7 @@ def test_gates_are_fitted_and_saved(temper: bool, run: Run, images: Path, tmp_pa
     save_file(state, tmp_path / "weights.safetensors")
     command = ["test_resnet", "--num-classes", 4, "--weights", tmp_path / "weights.safetensors", "--data", images]
     result = run("calibrate", *command, "--ratio", 0.25, *SMALL, "--output", tmp_path / "m", "--json",
-                 *["--temper"] * temper)  # fmt: skip
+                 *["--no-temper"] * (not temper))  # fmt: skip
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
     assert told["path"] == str(tmp_path / "m") and told["samples"] == 9

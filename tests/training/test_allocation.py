@@ -46,8 +46,10 @@ def test_divergence() -> None:
     assert bool((divergence(p, p.flip(1)) > 0).all())
     features = torch.ones(2, 3, 4)
     torch.testing.assert_close(divergence(features, 0 * features), torch.ones(2).double())
+    several = divergence((p, {"map": features}), (p.flip(1), {"map": 0 * features}))
+    torch.testing.assert_close(several, (divergence(p, p.flip(1)) + 1) / 2)
     with pytest.raises(ConfigError, match="`loss`"):
-        divergence([p], [p])
+        divergence(["a", torch.tensor(1.0), torch.ones(2, 3, dtype=torch.long)], ["a", torch.tensor(1.0), 2])
 
 
 def test_insensitive_sites_give_most() -> None:

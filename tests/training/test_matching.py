@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 import gatedprune
 from gatedprune.sites import suspended
 from gatedprune.training import match_norms
-from gatedprune.training.matching import following_norms, match, moments_of
+from gatedprune.training.matching import LIMIT, Matching, Rows, following_norms, match, moments_of
 
 
 def gated(name: str = "test_efficientnet", ratio: float = 0.5) -> Any:
@@ -39,30 +40,116 @@ def test_match_gives_the_wanted_moments() -> None:
     assert scale[2] == 1
 
 
-def test_the_gated_model_s_norms_see_the_dense_moments() -> None:
-    """In one batch, where the match that is kept is that of the batch; the later norms behind matched earlier ones."""
-    model, x = gated(), torch.randn(6, 3, 48, 48).double() + torch.randn(6, 3, 1, 1).double()
-    paths = match_norms(model, [x])
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
+def test_the_gated_model_s_norms_see_the_dense_moments(name: str) -> None:
+    """In one batch, where the match that is kept is that of the batch; the later norms behind matched earlier ones.
+
+    Of a site's channels over the samples for which they win; of all others over all samples.
+    """
+    model, x = choosy(name), torch.randn(6, 3, 48, 48).double() + torch.randn(6, 3, 1, 1).double()
+    paths, partly = match_norms(model, [x]), 0
     assert paths == model.gate_modules.matched
-    assert len(paths) > 1
     for path in paths:
         with suspended(model):
-            wanted = moments_of(seen_by(model, path, x))
-        for found, value in zip(moments_of(seen_by(model, path, x)), wanted, strict=True):
-            torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-8)
-    # More batches: the same sums.
-    batches = gated_like(model)
-    match_norms(batches, [x[:3], x[3:]])
-    first = model.gate_modules.match(paths[0]), batches.gate_modules.match(paths[0])
-    torch.testing.assert_close(first[0], first[1], rtol=1e-9, atol=1e-9)
+            wanted = seen_by(model, path, x)
+        found, wins, scale = seen_by(model, path, x), winners(model, path, len(x)), model.gate_modules.match(path)[0]
+        for c in range(found.shape[1]):
+            rows = torch.ones(len(x), dtype=torch.bool) if wins is None else wins[:, c]
+            if rows.any():
+                partly += not rows.all()
+                mine, dense = moments_of(found[rows, c : c + 1]), moments_of(wanted[rows, c : c + 1])
+                torch.testing.assert_close(mine[0], dense[0], rtol=1e-6, atol=1e-8)
+                if scale[c] not in (1.0, LIMIT, 1 / LIMIT):  # nothing to stretch, or by no more
+                    torch.testing.assert_close(mine[1], dense[1], rtol=1e-6, atol=1e-8)
+            else:
+                assert scale[c] == 1
+    assert partly > 20, "hardly a channel wins for some samples and loses for others"
 
 
-def gated_like(model: Any) -> Any:
-    import copy
+def test_all_norms_are_matched_whose_input_is_another() -> None:
+    """Not those before the first channel that is suppressed, nor where every channel stays."""
+    model, x = choosy("test_resnet"), torch.randn(6, 3, 48, 48).double()
+    paths = match_norms(model, [x])
+    norms = [p for p, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert [p for p in norms if p not in paths] == ["conv1.1"]
+    for gate in model.gates.values():
+        gate.active_count = gate.channels
+        gate.strength.data.zero_()
+    assert match_norms(model, [x]) == ()
 
-    other = copy.deepcopy(model)
-    other.gate_modules.clear_matches()
-    return other
+
+def choosy(name: str) -> Any:
+    """Gates that choose other channels for each image."""
+    torch.manual_seed(0)
+    model = gated(name)
+    for gate in model.gates.values():
+        torch.nn.init.normal_(gate.weight, std=2.0)
+    return model
+
+
+def winners(model: Any, path: str, samples: int) -> Tensor | None:
+    """(B, C) of the norm, bool, after a gated pass; None: its channels are those of no site."""
+    for site in model.gated_sites:
+        for edge in site.carriers:
+            if edge.path == path:
+                gate = model.gates[site.name]
+                return torch.stack([torch.isin(edge.units, active) for active in gate.last_active])
+    return None
+
+
+def test_batches_add_up() -> None:
+    model, x = choosy("test_resnet"), torch.randn(6, 3, 48, 48).double()
+    match_norms(model, [x])
+    first = "conv1.4"  # no match before it, which would depend on the batch
+    wanted = model.gate_modules.match(first)
+    match_norms(model, [x[:2], x[2:]])
+    torch.testing.assert_close(model.gate_modules.match(first), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 5, 3)])
+def test_rows_have_their_own_moments(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape).double()
+    rows = Rows.of(x)
+    for r in range(shape[0]):
+        mean, var = moments_of(x[r : r + 1])
+        torch.testing.assert_close(rows.mean[r], mean)
+        torch.testing.assert_close(rows.square[r], var + mean.square())
+
+
+def test_each_call_of_a_norm_is_matched_to_the_same_call_in_the_dense_pass() -> None:
+    """Of a norm that runs twice in a pass, on numbers of another size; and so in a second gated pass."""
+    norm = torch.nn.BatchNorm1d(4).double().eval()
+    model = choosy("test_resnet")
+    model.add_module("extra", norm)
+    with Matching(model, ["extra"]) as matching:
+        x, y = torch.randn(6, 4).double(), 3 + torch.randn(6, 4, 5).double()
+        for v in (x, y):
+            norm(v)
+        matching.dense = False
+        for _ in range(2):
+            for v in (x, y):
+                torch.testing.assert_close(norm(2 * v + 1), norm_of(norm, v))
+        matching.dense = True
+        norm(y)
+        matching.dense = False
+        torch.testing.assert_close(norm(y - 5), norm_of(norm, y))
+
+
+def norm_of(norm: Any, x: Tensor) -> Tensor:
+    return torch.nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+def test_tokens_folded_into_the_batch_count_where_their_sample_does() -> None:
+    """Three rows of the norm's input to a sample, as of windows."""
+    model = choosy("test_resnet")
+    site = model.gated_sites[0]
+    with Matching(model, [site.carriers[0].path]) as matching, torch.no_grad():
+        model(torch.eye(3)[:2, :, None, None].double() * torch.randn(2, 3, 48, 48).double())  # one red, one green
+        found = matching._winners(site.carriers[0].path, 6)
+    wins = winners(model, site.carriers[0].path, 2)
+    assert found is not None and wins is not None
+    assert torch.equal(found, torch.stack([wins[r // 3] for r in range(6)]))
+    assert not torch.equal(found[2], found[3])
 
 
 def test_norms_follow_what_reads_a_site() -> None:

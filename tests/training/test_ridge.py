@@ -63,6 +63,12 @@ def test_cross_validation_is_that_of_the_data() -> None:
     assert found.shrinkage == SHRINKAGES[errors.index(min(errors))]
     assert found.r2 is not None
     assert math.isclose(found.r2, 1 - min(errors) / constant, rel_tol=1e-8)
+    assert sorted(found.without) == [0, 1, 2, 3, 4]
+    for f, other in found.without.items():
+        phi, rho = direct(x[rows != f], y[rows != f], found.shrinkage)
+        torch.testing.assert_close(other.weight, phi, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(other.bias, rho, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(other.mean, y[rows != f].mean(0), rtol=1e-9, atol=0)
 
 
 def test_shrinkage_grows_with_the_noise() -> None:
