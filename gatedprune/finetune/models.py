@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError, GatedPruneError, ModelError
 from ..files import atomic_folder, read_tensors, write_tensors
 from ..io import find_imported, is_saved, load, save
 from ..sites import find_sites, normalise_inputs
-from ..training import calibrate, predictor_rates, reestimate_norms
+from ..training import bake_norms, calibrate, predictor_rates, reestimate_norms
 from ..wrapping import is_gated, macs_left, unwrap, wrap
 from .data import check_outputs
 from .options import FinetuneConfig
@@ -99,6 +99,7 @@ def build(config: FinetuneConfig, classes: Sequence[str], kept: Mapping[str, Ten
             if config.calibrate:
                 choice: dict[str, Any] = {} if config.calibration == "dynamic" else {"dynamic": False, "strength": 1.0}
                 calibrate(gated.to(where), seen, **choice)
+                bake_norms(gated)
             rates = predictor_rates(gated.to(where), seen, reach=config.gate_lr)
             gated.cpu()
         return Start(gated, dense, teach(dense), None, trained_head, example, gated.site_report.macs, rates)

@@ -2,15 +2,15 @@
 
 `contribution` measures what each channel gives to the layers that read it (`reader`), `moments` accumulates it, `ridge`
 fits the predictors, `matching` follows what suppression does to batch norms, `passes` goes through the data with all of
-these, and `calibration` puts it in place;
-`norms` does for statically pruned models what `matching` does for gated ones.
-`divergence` says how far an output moved. `allocation` gives each site its ratio, `thresholds` its T; `oracle` chooses
-with hindsight, as a yardstick. For training, `rates` gives predictors their learning rates, `schedule` raises the
-ratio, `distillation` compares with the dense model, and `interrupt` makes Ctrl-C a request.
+these, `calibration` puts it in place; `norms` does for statically pruned models what `matching` does for gated ones.
+`divergence` says how far an output moved, and `tempering`, by that, how far gates may go by the image. `allocation`
+gives each site its ratio, `thresholds` its T; `oracle` chooses with hindsight, as a yardstick. For training, `rates`
+gives predictors their learning rates, `schedule` raises the ratio, `distillation` compares with the dense model, and
+`interrupt` makes Ctrl-C a request.
 """
 
 from .allocation import Allocation, allocate
-from .calibration import Calibration, SiteFit, calibrate, held_out_r2, match_norms
+from .calibration import Calibration, SiteFit, bake_norms, calibrate, held_out_r2, match_norms
 from .contribution import Contributions
 from .distillation import Distillation, feature_loss, logit_loss, map_loss
 from .interrupt import Interrupted, stop_on_signal
@@ -33,6 +33,7 @@ __all__ = [
     "SiteThreshold",
     "ThresholdFit",
     "allocate",
+    "bake_norms",
     "calibrate",
     "feature_loss",
     "fit_thresholds",

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError
 from ..gates import Gate
+from ..wrapping import bake
 from .moments import Moments
 from .passes import Inputs, Passes, check_gated
 from .ridge import SHRINKAGES, Ridge, fit, squared_errors
 from .tempering import LeftOut, temper
 
-__all__ = ["Calibration", "SiteFit", "calibrate", "held_out_r2", "match_norms"]
+__all__ = ["Calibration", "SiteFit", "bake_norms", "calibrate", "count_passes", "held_out_r2", "match_norms"]
 
 # Saliencies are shifted up until this many standard deviations below its mean a channel's is still at this floor: what
 # the rectifier cuts off would no longer be ranked.
@@ -247,6 +248,25 @@ def match_norms(gated: Any, batches: Iterable[Any], inputs: Inputs | None = None
         for path, found in before.items():
             gated.gate_modules.set_match(path, *found)
         raise
+
+
+def bake_norms(gated: Any) -> tuple[str, ...]:
+    """Put what batch norms were matched by into their own statistics: call it before you train a calibrated model.
+
+    In training a norm takes the statistics of the batch, whatever its input was multiplied by and shifted, so that the
+    matches of `calibrate` only cost time. The model computes what it did; the backbone's statistics are others now, and
+    `set_ratio` and `unwrap` no longer bring the old ones back.
+
+    Args:
+        gated: A gated model, changed in place.
+
+    Returns:
+        Paths of the norms that were matched.
+    """
+    check_gated(gated, "bake_norms()")
+    paths: tuple[str, ...] = gated.gate_modules.matched
+    bake(gated, gated.gate_modules)
+    return paths
 
 
 def _set_matches(gated: Any, matches: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:

@@ -8,10 +8,10 @@ does to batch norms.
 from .budget import macs_left
 from .containers import GATES
 from .importance import magnitude_importance
-from .matching import GateModules, apply_match, baked, is_match
+from .matching import GateModules, apply_match, bake, baked, is_match
 from .model import GatedModel, is_gated, unwrap, wrap
 
 __all__ = [
-    "GATES", "GateModules", "GatedModel", "apply_match", "baked", "is_gated", "is_match", "macs_left",
+    "GATES", "GateModules", "GatedModel", "apply_match", "bake", "baked", "is_gated", "is_match", "macs_left",
     "magnitude_importance", "unwrap", "wrap",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .hooks import GatingState, _value
 
-__all__ = ["GateModules", "apply_match", "attach_matches", "baked", "is_match"]
+__all__ = ["GateModules", "apply_match", "attach_matches", "bake", "baked", "is_match"]
 
 PARTS = ("scale", "shift")
 
@@ -94,18 +94,34 @@ def attach_matches(model: nn.Module, gates: GateModules, state: GatingState) -> 
 @contextmanager
 def baked(model: nn.Module, gates: GateModules) -> Iterator[None]:
     """While entered, the matches are in the statistics of the batch norms themselves: for a graph to be captured."""
-    before: dict[_BatchNorm, tuple[Tensor | None, Tensor | None]] = {}
+    before: dict[Any, tuple[Tensor, Tensor]] = {}
     try:
-        for path in gates.matched:
-            found, norm = gates.match(path), model.get_submodule(path)
-            assert found is not None and isinstance(norm, _BatchNorm)
-            scale, shift = (v.double() for v in found)
-            mean, var = before[norm] = norm.running_mean, norm.running_var
-            assert mean is not None and var is not None
-            # γ·(x·a + c − μ)/√(v + ε) + β is γ·(x − (μ − c)/a)/√((v + ε)/a² − ε + ε) + β.
-            norm.running_mean = ((mean.double() - shift) / scale).to(mean.dtype)
-            norm.running_var = ((var.double() + norm.eps) / scale.square() - norm.eps).to(var.dtype)
+        for norm, statistics in _with_matches(model, gates):
+            before[norm] = norm.running_mean, norm.running_var
+            norm.running_mean, norm.running_var = statistics
         yield
     finally:
         for norm, (mean, var) in before.items():
             norm.running_mean, norm.running_var = mean, var
+
+
+@torch.no_grad()
+def bake(model: nn.Module, gates: GateModules) -> None:
+    """Put the matches into the statistics of the batch norms for good."""
+    for norm, (mean, var) in _with_matches(model, gates):
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+    gates.clear_matches()
+
+
+def _with_matches(model: nn.Module, gates: GateModules) -> Iterator[tuple[Any, tuple[Tensor, Tensor]]]:
+    """Each batch norm that is matched, and the mean and variance with which it does by itself what it does now."""
+    for path in gates.matched:
+        found, norm = gates.match(path), model.get_submodule(path)
+        assert found is not None and isinstance(norm, _BatchNorm)
+        scale, shift = (v.double() for v in found)
+        mean, var = norm.running_mean, norm.running_var
+        assert mean is not None and var is not None
+        # γ·(x·a + c − μ)/√(v + ε) + β is γ·(x − (μ − c)/a)/√((v + ε)/a² − ε + ε) + β.
+        own = (mean.double() - shift) / scale, (var.double() + norm.eps) / scale.square() - norm.eps
+        yield norm, (own[0].to(mean.dtype), own[1].to(var.dtype))

@@ -359,6 +359,21 @@ def test_static_pruning_keeps_what_contributes_most(images: Path, tmp_path: Path
     assert sorted(described["kept"]["first"]) == list(kept)
 
 
+def test_calibrated_training_starts_without_matches(images: Path, tmp_path: Path) -> None:
+    """They are in the statistics, where they cost no time: the norm behind a site is another, that before it is not."""
+    from gatedprune.finetune.models import build
+
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 64, 64)
+    options = {"model": "test_resnet", "calibrate": 6, "ratio": 0.5}
+    plain, calibrated = (build(config(images, tmp_path, **options), "abc", images=found).model.eval()
+                         for found in (None, lambda dense, example: [x]))  # fmt: skip
+    assert calibrated.gate_modules.matched == ()
+    norms = [p for p, m in plain.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    moved = [p for p in norms if not torch.equal(*(m.get_submodule(p).running_mean for m in (plain, calibrated)))]
+    assert moved == [p for p in norms if p != "conv1.1"]
+
+
 def test_weights_of_other_classes_start_all_but_the_classifier(images: Path, tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import gatedprune
 from gatedprune.sites import suspended
-from gatedprune.training import match_norms
+from gatedprune.training import bake_norms, match_norms
 from gatedprune.training.matching import LIMIT, Matching, Rows, following_norms, match, moments_of
 
 
@@ -95,6 +96,23 @@ def winners(model: Any, path: str, samples: int) -> Tensor | None:
                 gate = model.gates[site.name]
                 return torch.stack([torch.isin(edge.units, active) for active in gate.last_active])
     return None
+
+
+def test_baked_norms_compute_what_matched_ones_did() -> None:
+    """In eval mode, and in training, where the matches do nothing."""
+    model, x = choosy("test_resnet"), torch.randn(6, 3, 48, 48).double()
+    paths = match_norms(model, [x])
+    with torch.no_grad():
+        wanted, trained = model(x), copy.deepcopy(model).train()(x)
+    before = {path: model.get_submodule(path).running_var.clone() for path in paths}
+    assert bake_norms(model) == paths and model.gate_modules.matched == ()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            model.train()(x), trained, rtol=1e-2, atol=1e-4
+        )  # but for ε, in norms of few numbers
+    assert all(not torch.equal(model.get_submodule(path).running_var, before[path]) for path in paths)
+    assert bake_norms(model) == ()
 
 
 def test_batches_add_up() -> None:
