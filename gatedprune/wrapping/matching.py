@@ -66,7 +66,7 @@ class GateModules(nn.Module):
 def apply_match(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x · scale + shift along dimension 1 of x (B, C, …), in x's dtype."""
     view = (1, -1, *[1] * (x.dim() - 2))
-    return x * scale.to(x.dtype).view(view) + shift.to(x.dtype).view(view)
+    return torch.addcmul(shift.to(x.dtype).view(view), x, scale.to(x.dtype).view(view))  # one pass over x
 
 
 class _Match:
