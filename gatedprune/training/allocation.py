@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -108,12 +107,9 @@ def _sensitivity(gated: Any, batches: Iterable[Any], inputs: Inputs | None, leve
     """Site name → (ratio, mean loss) with that site alone gated."""
     totals: dict[tuple[str, float], float] = {}
     samples = 0
-    with torch.no_grad(), evaluating(gated), ExitStack() as stack:
-        matching: Matching | None = None
+    with torch.no_grad(), evaluating(gated), Matching(gated, batch_norms(gated)) as matching:
         for args in model_arguments(gated, batches, inputs, "allocate()"):
             with suspended(gated):
-                if matching is None:
-                    matching = stack.enter_context(Matching(gated, batch_norms(gated)))
                 matching.dense = True
                 dense = gated(*args)
             matching.dense = False

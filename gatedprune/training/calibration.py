@@ -189,7 +189,7 @@ def _calibrate(passes: Passes, rounds: int, folds: int, dynamic: bool, tempering
         share, losses = temper(passes, chosen.left_out(gated), static.left_out(gated))
         chosen = chosen if share else static
     chosen.install(gated, share)
-    matched = _set_matches(gated, passes.match()) if suppressed and passes.matching and passes.norms else ()
+    matched = _set_matches(gated, passes.match()) if suppressed and passes.matched else ()
     return Calibration(samples, {name: info for name, (_, info) in chosen.plans.items()}, matched, share, losses)
 
 
@@ -212,20 +212,17 @@ class _Fit:
 
 
 def _fit(passes: Passes, first: Mapping[str, Moments], rounds: int, dynamic: bool) -> _Fit:
-    """Fit the predictors, in each round after the first to the model with those of the round before.
+    """Predictors, in each round after the first fitted to the model with those of the round before; not installed.
 
     Args:
         first: Of contributions among all channels, in the dense model; later rounds begin anew, as theirs are others.
     """
-    moments, later = first, dict[str, Moments]()
-    for i in range(rounds):
-        if i:
-            folds = next(iter(first.values())).folds
-            passes.accumulate(later, folds, gate=True)
-            moments = later
-        plans = {name: _plan(passes.gated.gates[name], m, dynamic) for name, m in moments.items()}
-        found = _Fit(plans, moments)
+    gates, later, folds = passes.gated.gates, dict[str, Moments](), next(iter(first.values())).folds
+    found = _Fit({name: _plan(gates[name], m, dynamic) for name, m in first.items()}, first)
+    for _ in range(1, rounds):
         found.install(passes.gated)
+        passes.accumulate(later, folds, gate=True)
+        found = _Fit({name: _plan(gates[name], m, dynamic) for name, m in later.items()}, later)
     return found
 
 

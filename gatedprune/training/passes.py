@@ -32,7 +32,8 @@ class Passes:
     """Passes over the data in eval mode, each batch through the dense model and then, if asked, the gated one."""
 
     def __init__(self, gated: Any, batches: Iterable[Any], inputs: Inputs | None, where: str, matching: bool) -> None:
-        self.gated, self.batches, self.inputs, self.where, self.matching = gated, batches, inputs, where, matching
+        self.gated, self.batches, self.inputs, self.where = gated, batches, inputs, where
+        self.matched = tuple(batch_norms(gated)) if matching else ()  # paths of the norms that are
         self.norms: dict[str, str] | None = None
         self._dense: Any = None  # the dense model's output for the last batch
         self._again: Callable[[], Any] = gated  # the gated model on that batch
@@ -89,8 +90,8 @@ class Passes:
                     with suspended(gated):
                         self.norms = following_norms(gated, *args)
                 if not samples:
-                    record = stack.enter_context(Contributions(gated, self.norms, matched=self.matching))
-                    matching = stack.enter_context(Matching(gated, batch_norms(gated) if self.matching else ()))
+                    record = stack.enter_context(Contributions(gated, self.norms, matched=bool(self.matched)))
+                    matching = stack.enter_context(Matching(gated, self.matched))
                 record.clear()
                 record.reading, matching.dense = reading, True
                 with suspended(gated):

@@ -53,7 +53,7 @@ def test_the_gated_model_s_norms_see_the_dense_moments(name: str) -> None:
     for path in paths:
         with suspended(model):
             wanted = seen_by(model, path, x)
-        found, wins, scale = seen_by(model, path, x), winners(model, path, len(x)), model.gate_modules.match(path)[0]
+        found, wins, scale = seen_by(model, path, x), winners(model, path), model.gate_modules.match(path)[0]
         for c in range(found.shape[1]):
             rows = torch.ones(len(x), dtype=torch.bool) if wins is None else wins[:, c]
             if rows.any():
@@ -88,7 +88,7 @@ def choosy(name: str) -> Any:
     return model
 
 
-def winners(model: Any, path: str, samples: int) -> Tensor | None:
+def winners(model: Any, path: str) -> Tensor | None:
     """(B, C) of the norm, bool, after a gated pass; None: its channels are those of no site."""
     for site in model.gated_sites:
         for edge in site.carriers:
@@ -108,9 +108,8 @@ def test_baked_norms_compute_what_matched_ones_did() -> None:
     assert bake_norms(model) == paths and model.gate_modules.matched == ()
     with torch.no_grad():
         torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(
-            model.train()(x), trained, rtol=1e-2, atol=1e-4
-        )  # but for ε, in norms of few numbers
+        # But for ε, in norms of few numbers.
+        torch.testing.assert_close(model.train()(x), trained, rtol=1e-2, atol=1e-4)
     assert all(not torch.equal(model.get_submodule(path).running_var, before[path]) for path in paths)
     assert bake_norms(model) == ()
 
@@ -164,7 +163,7 @@ def test_tokens_folded_into_the_batch_count_where_their_sample_does() -> None:
     with Matching(model, [site.carriers[0].path]) as matching, torch.no_grad():
         model(torch.eye(3)[:2, :, None, None].double() * torch.randn(2, 3, 48, 48).double())  # one red, one green
         found = matching._winners(site.carriers[0].path, 6)
-    wins = winners(model, site.carriers[0].path, 2)
+    wins = winners(model, site.carriers[0].path)
     assert found is not None and wins is not None
     assert torch.equal(found, torch.stack([wins[r // 3] for r in range(6)]))
     assert not torch.equal(found[2], found[3])
