@@ -223,8 +223,8 @@ def winners_take_all(g: Tensor, k: int) -> Tensor:
     return torch.zeros_like(g).scatter(1, winners, g.gather(1, winners))
 
 
-def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels: int) -> Tensor:
-    """Spread per-winner values over the channels of a tensor: suppressed channels get 0, foreign ones get 1.
+def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels: int, others: float = 0) -> Tensor:
+    """Spread per-winner values over the channels of a tensor; foreign channels get 1.
 
     Args:
         values: (B, k), one value per winner (the gain, or ones for a plain mask).
@@ -232,11 +232,12 @@ def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels:
         units: (n,), the site channel that each of the tensor's n channels belongs to; −1: none of this site's.
             None: channel j is site channel j.
         channels: C of the site.
+        others: What suppressed channels get.
 
     Returns:
         (B, n).
     """
-    full = values.new_zeros(values.shape[0], channels + 1)
+    full = values.new_full((values.shape[0], channels + 1), others)
     full = full.scatter(1, active, values)
     if units is None:
         return full[:, :channels]

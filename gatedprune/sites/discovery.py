@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -122,8 +123,10 @@ class _Discovery:
                 self._skip(node, str(reason))
             else:
                 sites[found.site.name] = found
-        for found in sites.values():
-            self.skipped.pop(found.site.name, None)
+        for site, found in sites.items():
+            self.skipped.pop(site, None)
+            if found.site.silenced and self._gates_between(found, sites.values()):
+                sites[site] = replace(found, site=replace(found.site, silenced=False))
         in_sites = {n for s in sites.values() for n in self._nodes(s.roots)}
         layers = layer_costs(flow, {n: s.roots for n, s in sites.items()}, self._path)
         report = SiteReport(name, tuple(s.site for s in sites.values()), dict(self.skipped), self.total,
@@ -215,7 +218,7 @@ class _Discovery:
         branches = self._branches(node, roots)
         gains = tuple(dict.fromkeys(self._gain_node(branch, consumers, heads) for branch in branches))
         gain_at = self._gain_at(gains, roots, heads)
-        unsafe, masks = self._masks(gains, roots, joined)
+        unsafe, masks, silenced = self._masks(gains, roots, joined)
         name = self.boundaries.innermost(node)
         if name in known:
             name = f"{name}:{sum(k.partition(':')[0] == name for k in known)}"
@@ -234,6 +237,7 @@ class _Discovery:
             share=macs / self.total if self.total else 0.0,
             norms=self._norms(roots),
             branches=tuple(dict.fromkeys(self._path(branch) for branch in branches)),
+            silenced=silenced,
         )
         return SiteNodes(site, roots, node, gate_input, gains, unsafe)
 
@@ -354,27 +358,40 @@ class _Discovery:
         holding = set(distinct(at[member[held]]).tolist())
         return {node for node, i in self.order.items() if i in holding}
 
-    def _masks(self, gains: tuple[fx.Node, ...], roots: np.ndarray, joined: bool) -> tuple[frozenset, tuple]:
-        """Where suppressed channels must be silenced again, because something between has woken them."""
+    def _masks(self, gains: tuple[fx.Node, ...], roots: np.ndarray, joined: bool) -> tuple[frozenset, tuple, bool]:
+        """Where suppressed channels must be silenced again, because something between has woken them.
+
+        Returns:
+            The nodes that read woken channels, the places, and whether these are all that read the site.
+        """
         holding, zero = self._holding(roots), set(gains)
         first = min(self.order[gain] for gain in gains)
         reading = {u.node for u, _ in self._uses(self.flow.consumers, roots)}
         adding = {j.node for j in self.flow.joins} if joined else set()
         unsafe: dict[fx.Node, None] = {}
         masks: dict[tuple[str, str], Attach] = {}
+        silenced = True
         for node in self.flow.graph_module.graph.nodes:
             if self.order[node] <= first or node.op != "call_function":
                 continue
             inputs = [a for a in node.all_input_nodes if a in holding]
             for value in inputs if node in reading or node in adding else ():
                 if value in zero:
+                    silenced = False
                     continue
                 unsafe[node] = None
                 for place in self._silence(node, value, roots):
                     masks[place.path, place.side] = place
             if inputs and node in holding and self._stays_zero(node, inputs, zero):
                 zero.add(node)
-        return frozenset(unsafe), tuple(masks.values())
+        return frozenset(unsafe), tuple(masks.values()), silenced and bool(masks)
+
+    def _gates_between(self, found: SiteNodes, sites: Iterable[SiteNodes]) -> bool:
+        """Whether a gate looks at the site's channels before they are silenced."""
+        holding, first = self._holding(found.roots), min(self.order[gain] for gain in found.gains)
+        masked = {at.path for at in found.site.masks if at.side == "input"}
+        return any(other.gate_input in holding and self.order[other.gate_input] >= first
+                   and other.site.gate_at.path not in masked for other in sites)  # fmt: skip
 
     def _silence(self, node: fx.Node, value: fx.Node, roots: np.ndarray) -> tuple[Attach, ...]:
         hook = self.boundaries.input_hook(node)

@@ -75,6 +75,8 @@ class Site:
         gate_at: Where the gate looks. gain_at: where the gain is multiplied. masks: where suppressed channels, woken
             by a bias or an activation with f(0) ≠ 0, are silenced again. norms: layer norms whose statistics are the
             active channels'.
+        silenced: Whether all layers that read the site, gates included, do so behind ``masks``. Suppressed channels
+            keep their values up to there: in training a batch norm on the way would take zeros for values.
         branches: Paths of the producers that write the site each on their own, and whose outputs are added up: each
             takes the gain. Just the first producer where nothing is added.
         macs: Multiply-accumulates per sample of the layers that the site narrows, dense.
@@ -95,6 +97,7 @@ class Site:
     share: float
     norms: tuple[NormAt, ...] = ()
     branches: tuple[str, ...] = ()
+    silenced: bool = False
 
     @property
     def edges(self) -> tuple[Edge, ...]:

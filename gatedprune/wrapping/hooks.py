@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import DataError
-from ..functional import channel_gain, masked_norm, scale_batch_normed, scale_channels
+from ..functional import channel_gain, masked_norm, scale_batch_normed, scale_channels, straight_through
 from ..gates import Gate
 from ..sites import Attach, NormAt, Site
 
@@ -61,20 +61,31 @@ class _Select:
 
 
 class _Scale:
-    """Multiply a value by the gate's gain (``boost``) or by its 0/1 mask."""
+    """Multiply a value by the gate's gain (``boost``) or by its 0/1 mask.
 
-    def __init__(self, state: GatingState, gate: Gate, at: Attach, gain: bool) -> None:
-        self.state, self.gate, self.at, self.gain = state, gate, at, gain
+    Args:
+        gain: The gain, not the mask. silenced: of the site: its gain lets suppressed channels through.
+    """
+
+    def __init__(self, state: GatingState, gate: Gate, at: Attach, gain: bool, silenced: bool) -> None:
+        self.state, self.gate, self.at, self.gain, self.silenced = state, gate, at, gain, silenced
 
     def spread(self) -> Tensor:
         """The gain or mask of each channel that the value has, (B, n)."""
         gate, at = self.gate, self.at
-        active, gain = gate.last_active, gate.last_gain
+        active, gain, whole = gate.last_active, gate.last_gain, gate.last_whole
         assert active is not None and gain is not None  # the graph orders the gate before its readers
-        if self.gain and gate.last_whole is not None:
-            return gate.last_whole if at.units is None else F.pad(gate.last_whole, (0, 1), value=1)[:, at.units]
-        values = gain if self.gain else gain.new_ones(gain.shape)
-        return channel_gain(values, active, at.units, gate.channels)
+        if whole is not None:
+            whole = whole if at.units is None else F.pad(whole, (0, 1), value=1)[:, at.units]
+            if self.gain and not self.silenced:
+                return whole
+        values, others = (gain, int(self.silenced)) if self.gain else (gain.new_ones(gain.shape), 0)
+        found = channel_gain(values, active, at.units, gate.channels, others)
+        if whole is None or self.gain or not self.silenced:
+            return found
+        return straight_through(
+            found, torch.where(found > 0, whole.detach(), whole)
+        )  # losers learn where they are read
 
     def scale(self, x: Tensor) -> Tensor:
         return scale_channels(x, self.spread(), self.at.channel_dim)
@@ -192,7 +203,7 @@ def attach(model: nn.Module, site: Site, gate: Gate, state: GatingState) -> None
         for at in places:
             module = model.get_submodule(at.path)
             if at.side == "input":
-                hook = _ScaleInput(state, gate, at, gain)
+                hook = _ScaleInput(state, gate, at, gain, site.silenced)
                 add(module.register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                add(module.register_forward_hook(_ScaleOutput(state, gate, at, gain)))
+                add(module.register_forward_hook(_ScaleOutput(state, gate, at, gain, site.silenced)))

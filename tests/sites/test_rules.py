@@ -220,6 +220,35 @@ def test_activations_that_wake_channels_are_masked() -> None:
         assert bool(report["first"].masks) == woken, act
 
 
+class _Functional(nn.Module):
+    """A layer without a module of its own: its gate looks at what enters here, before the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act, self.weight = nn.BatchNorm2d(8), nn.ReLU(), nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.act(self.norm(x)), self.weight)
+
+
+def test_where_channels_are_silenced_only_where_they_are_read() -> None:
+    layers = {"first": conv(3, 8), "norm": nn.BatchNorm2d(8), "last": conv(8, 4)}
+    woken = sites(lambda m, x: m.last(m.norm(m.first(x).relu()).relu()), **layers)["first"]
+    assert woken.masks and woken.silenced
+    zero = sites(lambda m, x: m.last(m.norm(m.first(x)).relu()), **layers)["first"]
+    assert not zero.masks and not zero.silenced
+    # One reader behind the norm, and one before it, which sees zeros.
+    both = sites(
+        lambda m, x: m.last(m.norm(m.first(x).relu()).relu()) + m.other(m.first(x).relu()), other=conv(8, 4), **layers
+    )
+    assert not any(site.silenced for site in both)
+    looked = sites(
+        lambda m, x: m.last(m.block(m.first(x).relu())), first=conv(3, 8), block=_Functional(), last=conv(8, 4)
+    )
+    assert looked["first"].masks and looked["block"].gate_at.path == "block"
+    assert not looked["first"].silenced, "a gate would see suppressed channels"
+
+
 def test_a_shared_layer_is_not_gated_by_halves() -> None:
     report = sites(
         lambda m, x: m.last(m.twice(m.twice(m.first(x)).relu()).relu()),

@@ -194,3 +194,59 @@ def test_a_step_keeps_few_more_activations() -> None:
     extra = kept(gated) - kept(Small().train())
     maps = 8 * (16 + 12) * 16 * 16 * 4
     assert extra <= 1.05 * maps
+
+
+class Inverted(nn.Module):
+    """One site, `expand`: two norms and a layer of single channels before `project` reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.norm1 = nn.Conv2d(3, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise, self.norm2 = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.BatchNorm2d(16)
+        self.project = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.expand(x)).relu()
+        return self.project(self.norm2(self.depthwise(x)).relu()).mean((2, 3))
+
+
+def gated_inverted(**options: object) -> GatedModel:
+    torch.manual_seed(0)
+    gated = wrap(Inverted(), 0.5, example_inputs=IMAGES, boost=False, **options).train()
+    with torch.no_grad():
+        gated.gates["expand"].weight.normal_(std=0.2)
+    return gated
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_batch_norms_behind_a_gate_take_no_zeros_for_values(straight_through: bool) -> None:
+    """A channel that loses for a sample is not computed: it must not move the statistics, as zeros would."""
+    gated = gated_inverted(straight_through=straight_through)
+    torch.manual_seed(0)
+    dense, x = Inverted().train(), torch.randn(6, 3, 16, 16)
+    gated(x), dense(x)
+    gate = gated.gates["expand"]
+    assert len(gate.last_active.unique()) < gate.channels, "every channel won somewhere, and the test shows less"
+    for name in ("norm1", "norm2"):
+        ours, theirs = gated.get_submodule(name), dense.get_submodule(name)
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+        torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_losers_of_a_silenced_site_learn_by_straight_through() -> None:
+    """Their gradient is that of the mask where the site is read; all others stay as they are."""
+    plain, passing = gated_inverted(), gated_inverted(straight_through=True)
+    x = torch.randn(6, 3, 16, 16)
+    read: list[Tensor] = []
+    passing.norm2.register_forward_hook(lambda module, args, out: read.append(out.detach().relu()))
+    asked: list[Tensor] = []
+    passing.project.register_full_backward_pre_hook(lambda module, out: asked.append(out[0]))
+    torch.testing.assert_close(step(passing, x), step(plain, x), rtol=0, atol=0)
+    ours, theirs = grads(passing), grads(plain)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], msg=name)
+    gate = passing.gates["expand"]
+    back = torch.einsum("bohw,oi->bihw", asked[0], passing.project.weight.detach()[:, :, 0, 0])
+    lost = 1 - F.one_hot(gate.last_active, gate.channels).sum(1)
+    wanted = lost * (back * read[0]).sum((2, 3)) * (gate.last_saliency > 0)
+    torch.testing.assert_close(gate.bias.grad, wanted.sum(0))
