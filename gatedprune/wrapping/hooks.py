@@ -72,20 +72,16 @@ class _Scale:
 
     def spread(self) -> Tensor:
         """The gain or mask of each channel that the value has, (B, n)."""
-        gate, at = self.gate, self.at
-        active, gain, whole = gate.last_active, gate.last_gain, gate.last_whole
+        gate, at, whole = self.gate, self.at, self.gate.last_whole
+        active, gain = gate.last_active, gate.last_gain
         assert active is not None and gain is not None  # the graph orders the gate before its readers
-        if whole is not None:
-            whole = whole if at.units is None else F.pad(whole, (0, 1), value=1)[:, at.units]
-            if self.gain and not self.silenced:
-                return whole
-        values, others = (gain, int(self.silenced)) if self.gain else (gain.new_ones(gain.shape), 0)
-        found = channel_gain(values, active, at.units, gate.channels, others)
-        if whole is None or self.gain or not self.silenced:
+        values = gain if self.gain else gain.new_ones(gain.shape)
+        found = channel_gain(values, active, at.units, gate.channels, others=int(self.gain and self.silenced))
+        # Losers that learn do so where they become next to nothing: at the gain, or where a silenced site is read.
+        if whole is None or self.gain == self.silenced:
             return found
-        return straight_through(
-            found, torch.where(found > 0, whole.detach(), whole)
-        )  # losers learn where they are read
+        whole = whole if at.units is None else F.pad(whole, (0, 1), value=1)[:, at.units]
+        return whole if self.gain else straight_through(found, torch.where(found > 0, whole.detach(), whole))
 
     def scale(self, x: Tensor) -> Tensor:
         return scale_channels(x, self.spread(), self.at.channel_dim)
