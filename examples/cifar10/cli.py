@@ -14,12 +14,10 @@ from gatedprune.files import write_json
 from gatedprune.finetune import CALIBRATIONS, PRECISIONS, Interrupted, Trials
 from gatedprune.measure import environment
 
-from .network import PIXELS
+from . import network
 from .report import at_equal_accuracy, draw, measure_times, points, table
 
 __all__ = ["main"]
-
-NETWORKS = f"{__package__}.network"
 
 
 @click.command(context_settings={"show_default": True})
@@ -27,10 +25,10 @@ NETWORKS = f"{__package__}.network"
               "test/, a folder of images for each class in both.")  # fmt: skip
 @click.option("--output", default="runs/cifar10", type=click.Path(file_okay=False, path_type=Path),
               help="Folder for all that is written.")  # fmt: skip
-@click.option("--model", default="small", help="small (16 million MACs, for CPUs), large (0.56 billion, for a GPU), or "
-              "whatever `gatedprune finetune` takes.")  # fmt: skip
+@click.option("--model", default="small", help="small (16 million MACs, for CPUs), mobile (1 million, inverted "
+              "residuals), large (0.56 billion, for a GPU), or whatever `gatedprune finetune` takes.")  # fmt: skip
 @click.option("--weights", type=click.Path(exists=True, dir_okay=False), help="Start dense from this file.")
-@click.option("--pixels", type=click.IntRange(8), default=PIXELS, help="Height and width of the images.")
+@click.option("--pixels", type=click.IntRange(8), default=network.PIXELS, help="Height and width of the images.")
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, default=(0, 1, 2), help="May be given several "
               "times. Processes for one seed each may run side by side.")  # fmt: skip
 @click.option("--macs", type=click.FloatRange(0, 1, min_open=True, max_open=True), multiple=True, default=(0.5, 0.25),
@@ -81,8 +79,8 @@ def main(data: str, output: Path, model: str, weights: str | None, pixels: int, 
     recipe = {"data": data, "val_split": "test", "size": (pixels, pixels), "batch_size": batch_size, "workers": workers,
               "precision": precision, "channels_last": channels_last, "min_crop": 0.5,
               "weight_decay": 5e-4}  # fmt: skip
-    network = f"{NETWORKS}:{model}" if model in ("small", "large") else model
-    dense = {"model": network, "weights": weights, "epochs": epochs, "lr": lr}
+    ours = model in network.__all__
+    dense = {"model": f"{network.__name__}:{model}" if ours else model, "weights": weights, "epochs": epochs, "lr": lr}
     pruned = {"epochs": finetune_epochs, "lr": finetune_lr, "distill": distill, "rise": rise,
               "calibrate": calibration_images, "calibration": calibration, "gate_lr": gate_lr, "include": include,
               "exclude": exclude, "signed": signed}  # fmt: skip

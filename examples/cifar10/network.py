@@ -1,11 +1,15 @@
-"""The network that is trained: timm's ResNet with a small stem, for small images."""
+"""The networks that are trained, for small images: timm's ResNet with a small stem, and its inverted residuals."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-__all__ = ["large", "small"]
+__all__ = ["large", "mobile", "small"]
 
 CLASSES, PIXELS = 10, 32
 
@@ -20,6 +24,12 @@ def large() -> nn.Module:
     return _network(channels=64, blocks=2, stride=1)
 
 
+def mobile() -> nn.Module:
+    """Three stages of two inverted residuals, as in MobileNetV2, 8 to 32 channels wide: 1 million MACs."""
+    stages = decode_arch_def([["ir_r2_k3_s1_e4_c8"], ["ir_r2_k3_s2_e4_c16"], ["ir_r2_k3_s2_e4_c32"]])
+    return _described(EfficientNet(stages, num_classes=CLASSES, num_features=88, stem_size=8, act_layer=nn.ReLU))
+
+
 def _network(channels: int, blocks: int, stride: int) -> nn.Module:
     """Four stages of basic blocks, `channels` wide and twice as wide in each; the stem is one 3×3 convolution."""
     widths = tuple(channels * 2**stage for stage in range(4))
@@ -29,6 +39,11 @@ def _network(channels: int, blocks: int, stride: int) -> nn.Module:
     model.conv1 = nn.Conv2d(3, channels, 3, stride, 1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
+    return _described(model)
+
+
+def _described(model: Any) -> nn.Module:
+    """With timm's description of its data."""
     model.pretrained_cfg = {"input_size": (3, PIXELS, PIXELS), "mean": (0.4914, 0.4822, 0.4465),
                             "std": (0.2470, 0.2435, 0.2616), "crop_pct": 1.0, "interpolation": "bilinear",
                             "num_classes": CLASSES}  # fmt: skip

@@ -76,7 +76,7 @@ def test_time_at_equal_accuracy_is_interpolated_between_statics_points() -> None
     assert "| dense | 1 | 1.000 | 90.00 ± 0.00 | 90.00 | 11.000 |" in text
 
 
-@pytest.mark.parametrize(("make", "macs"), [(network.small, 15.9e6), (network.large, 555e6)])
+@pytest.mark.parametrize(("make", "macs"), [(network.small, 15.9e6), (network.large, 555e6), (network.mobile, 1.05e6)])
 def test_networks_are_as_large_as_the_help_says(make: object, macs: float) -> None:
     model = make().to("meta")  # type: ignore[operator]
     report = gatedprune.find_sites(model, torch.zeros(2, 3, 32, 32, device="meta"))
