@@ -1,4 +1,4 @@
-"""The networks that are trained, for small images: timm's ResNet with a small stem, and its inverted residuals."""
+"""The networks that are trained, for small images: timm's ResNet with a small stem, and inverted residuals."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CLASSES, PIXELS = 10, 32
 
 def small() -> nn.Module:
     """One block a stage, 32 channels wide, on 16×16 maps: 16 million MACs, for two CPU cores."""
-    return _network(channels=32, blocks=1, stride=2)
+    return _resnet(channels=32, blocks=1, stride=2)
 
 
 def large() -> nn.Module:
     """Two blocks a stage, 64 channels wide, on 32×32 maps: 0.56 billion MACs, for a GPU."""
-    return _network(channels=64, blocks=2, stride=1)
+    return _resnet(channels=64, blocks=2, stride=1)
 
 
 def mobile() -> nn.Module:
@@ -30,7 +30,7 @@ def mobile() -> nn.Module:
     return _described(EfficientNet(stages, num_classes=CLASSES, num_features=88, stem_size=8, act_layer=nn.ReLU))
 
 
-def _network(channels: int, blocks: int, stride: int) -> nn.Module:
+def _resnet(channels: int, blocks: int, stride: int) -> nn.Module:
     """Four stages of basic blocks, `channels` wide and twice as wide in each; the stem is one 3×3 convolution."""
     widths = tuple(channels * 2**stage for stage in range(4))
     model = ResNet(BasicBlock, [blocks] * 4, num_classes=CLASSES, channels=widths, stem_type="deep",

@@ -15,6 +15,7 @@ import gatedprune
 from gatedprune.examples.cifar10 import network
 from gatedprune.examples.cifar10.cli import main
 from gatedprune.examples.cifar10.report import Point, at_equal_accuracy, table
+from gatedprune.io import find_imported
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def tiny() -> torch.nn.Module:
-    return network._network(channels=4, blocks=1, stride=2)
+    return network._resnet(channels=4, blocks=1, stride=2)
 
 
 def test_it_trains_once_and_reports(images: Path, tmp_path: Path) -> None:
@@ -82,3 +83,11 @@ def test_networks_are_as_large_as_the_help_says(make: object, macs: float) -> No
     report = gatedprune.find_sites(model, torch.zeros(2, 3, 32, 32, device="meta"))
     assert report.macs == pytest.approx(macs, rel=0.01)
     assert report.macs_left(0.85) / report.macs < 0.25
+
+
+@pytest.mark.parametrize("name", network.__all__)
+def test_the_networks_here_go_by_their_short_names(name: str, images: Path, tmp_path: Path) -> None:
+    options = ["--data", str(images), "--output", str(tmp_path), "--model", name, "--no-train", "--no-time"]
+    CliRunner().invoke(main, options, catch_exceptions=False)
+    dense = json.loads((tmp_path / "result.json").read_text())["trials"]["dense"]
+    assert find_imported(dense["model"]) is getattr(network, name)
