@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -24,6 +25,8 @@ PRECISIONS = ("no", "bf16", "fp16")
 FREE = ("output", "workers", "save_every", "download")
 # And these, where there are no gates.
 OF_GATES = ("straight_through", "calibration", "gate_lr", "schedule", "rise", "levels", "penalty")
+# What may be a file or a folder, of which each has many names.
+PLACES = ("model", "data", "val_data", "data_dir", "weights", "teacher")
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,14 @@ class FinetuneConfig:
         """The options, in words, in which ``other`` would train differently."""
         mine, theirs = self.to_dict(), other.to_dict()
         free = FREE if "dynamic" in (self.mode, other.mode) else FREE + OF_GATES
-        return [f"{n}: {mine[n]}, now {theirs[n]}" for n in mine if n not in free and mine[n] != theirs[n]]
+        return [f"{n}: {mine[n]}, now {theirs[n]}" for n in mine if n not in free and not _same(n, mine[n], theirs[n])]
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    """Whether two values of an option mean the same: "cifar10" may be "/data/cifar10", or a link to it."""
+    if name in PLACES and one is not None and other is not None and os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return bool(one == other)
 
 
 _RANGES = (

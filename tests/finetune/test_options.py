@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,19 @@ def test_what_may_change_when_a_training_goes_on() -> None:
     assert one.differences(dataclasses.replace(one, **free)) == []
     found = one.differences(dataclasses.replace(one, lr=0.5, epochs=3))
     assert found == ["epochs: 10, now 3", "lr: 0.01, now 0.5"]
+
+
+def test_a_folder_may_be_called_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("images", "others"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("images")
+    monkeypatch.chdir(tmp_path)
+    one = config()  # data="images"
+    for same in ("./images", str(tmp_path / "images"), "link"):
+        assert one.differences(config(data=same)) == []
+    for other in ("others", "missing"):
+        assert one.differences(config(data=other)) == [f"data: images, now {other}"]
+    assert one.differences(config(train_split="./train")) == ["train_split: train, now ./train"]
 
 
 @pytest.mark.parametrize(("mode", "other", "different"), [
