@@ -15,7 +15,7 @@ from gatedprune.finetune import CALIBRATIONS, PRECISIONS, Interrupted, Trials
 from gatedprune.measure import environment
 
 from . import network
-from .report import at_equal_accuracy, draw, measure_times, points, table
+from .report import COSTS, at_equal_accuracy, draw, measure_times, points, table
 
 __all__ = ["main"]
 
@@ -102,8 +102,10 @@ def main(data: str, output: Path, model: str, weights: str | None, pixels: int, 
 
 def _write(output: Path, trials: Trials, found: list[Any]) -> None:
     result = {"points": [dataclasses.asdict(p) for p in found],
-              "dynamic_over_static_at_equal_accuracy": {"macs": at_equal_accuracy(found, lambda p: p.macs),
-                                                        "time": at_equal_accuracy(found, lambda p: p.time)},
+              "dynamic_at_equal_accuracy": {
+                  name: {asked: ratio._asdict() for asked, ratio in at_equal_accuracy(found, cost).items()}
+                  for name, cost in COSTS.items()
+              },
               "trials": trials.to_dict(), "environment": dataclasses.asdict(environment())}  # fmt: skip
     write_json(result, output / "result.json")
     try:

@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from gatedprune.files import atomic_write
 from gatedprune.finetune import WAYS, Trials
 
-__all__ = ["Point", "at_equal_accuracy", "draw", "measure_times", "points", "table"]
+__all__ = ["COSTS", "CostRatio", "Point", "at_equal_accuracy", "draw", "measure_times", "points", "table"]
 
 
 @dataclass(frozen=True)
@@ -87,25 +87,47 @@ def measure_times(
     return found
 
 
-def at_equal_accuracy(found: Sequence[Point], cost: Callable[[Point], float | None]) -> dict[float, float]:
-    """What dynamic costs as a share of what static costs at the same accuracy, interpolated between static's points.
+COSTS: dict[str, Callable[[Point], float | None]] = {"MACs": lambda p: p.macs, "time": lambda p: p.time}
+"""What accuracy is set against."""
+
+
+class CostRatio(NamedTuple):
+    """What dynamic costs as a share of `of` at the same accuracy.
+
+    Attributes:
+        ratio: Dynamic's cost over the other's.
+        of: "static"; or, where nothing static is as accurate, the most accurate of static and dense.
+        reached: Whether the other is as accurate as dynamic. Where not, the ratio favours the other.
+    """
+
+    ratio: float
+    of: str
+    reached: bool
+
+
+def at_equal_accuracy(found: Sequence[Point], cost: Callable[[Point], float | None]) -> dict[float, CostRatio]:
+    """What dynamic costs as a share of the least that static costs at the same accuracy, the dense network counted as
+    static: a point as accurate, or one more and one less accurate with the cost interpolated between them.
 
     Returns:
-        The share of MACs asked for → the ratio of costs. Where dynamic is more accurate than anything static reached,
-        the dense model's cost stands for static's; where it is less accurate than all, there is none.
+        The share of MACs asked for → the ratio of costs; none for a dynamic point less accurate than all static ones.
     """
-    static = sorted((p.mean, c) for p in found if p.way in ("dense", "static") and (c := cost(p)) is not None)
+    static = [(p.mean, c, p) for p in found if p.way in ("dense", "static") and (c := cost(p)) is not None]
     ratios = {}
     for point in found:
         mine = cost(point)
-        if point.way != "dynamic" or mine is None or len(static) < 2 or point.mean < static[0][0]:
+        below = [(top1, c) for top1, c, _ in static if top1 <= point.mean]
+        above = [(top1, c) for top1, c, _ in static if top1 >= point.mean]
+        if point.way != "dynamic" or mine is None or not below:
             continue
-        wanted = static[-1][1]
-        for (low, cheap), (high, dear) in zip(static, static[1:], strict=False):
-            if low <= point.mean <= high:
-                wanted = cheap if high == low else cheap + (dear - cheap) * (point.mean - low) / (high - low)
-                break
-        ratios[point.asked] = mine / wanted
+        if above:
+            between = [cheap + (dear - cheap) * (point.mean - low) / (high - low)
+                       for low, cheap in below for high, dear in above if low < high]  # fmt: skip
+            ratios[point.asked] = CostRatio(mine / min([c for _, c in above] + between), "static", True)
+        else:
+            _, other, best = max(static, key=lambda entry: entry[0])
+            name = best.way if best.way == "dense" else f"{best.way} at {best.asked:g}"
+            ratios[point.asked] = CostRatio(mine / other, name, False)
     return ratios
 
 
@@ -117,9 +139,12 @@ def table(found: Sequence[Point]) -> str:
         each = ", ".join(f"{t:.2f}" for t in p.top1)
         ms = "" if p.time is None else f"{p.time:.3f}"
         lines.append(f"| {p.way} | {p.asked:g} | {p.macs:.3f} | {p.mean:.2f} ± {p.spread:.2f} | {each} | {ms} |")
-    for name, cost in (("MACs", lambda p: p.macs), ("time", lambda p: p.time)):
-        for asked, ratio in at_equal_accuracy(found, cost).items():
-            lines += ["", f"At the accuracy of dynamic at {asked:g}, dynamic needs {ratio:.2f} of static's {name}."]
+    for name, cost in COSTS.items():
+        for asked, (ratio, of, reached) in at_equal_accuracy(found, cost).items():
+            lines += ["", f"At the accuracy of dynamic at {asked:g}, dynamic needs {ratio:.2f} of static's {name}."
+                      if reached else
+                      f"Nothing static is as accurate as dynamic at {asked:g}. "
+                      f"Of the most accurate, {of}, dynamic needs {ratio:.2f} of the {name}."]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -133,10 +158,8 @@ def draw(found: Sequence[Point], file: Path) -> None:
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
-    costs: list[tuple[str, Callable[[Point], float | None]]] = [
-        ("share of the dense MACs", lambda p: p.macs), ("ms for one image", lambda p: p.time),
-    ]  # fmt: skip
-    for axes, (label, cost) in zip(panels, costs, strict=True):
+    labels = {"MACs": "share of the dense MACs", "time": "ms for one image"}
+    for axes, (name, cost) in zip(panels, COSTS.items(), strict=True):
         for way in WAYS:
             line = sorted(
                 (c, p.mean, p.spread) for p in found if p.way in ("dense", way) and (c := cost(p)) is not None
@@ -147,7 +170,7 @@ def draw(found: Sequence[Point], file: Path) -> None:
         for p in found:
             if p.way == "dense" and (c := cost(p)) is not None:
                 axes.plot([c], [p.mean], "k*", markersize=12, label="dense", zorder=3)
-        axes.set(xlabel=label, ylabel="top-1 [%]", xlim=(0, None))
+        axes.set(xlabel=labels[name], ylabel="top-1 [%]", xlim=(0, None))
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()

@@ -70,11 +70,27 @@ def test_time_at_equal_accuracy_is_interpolated_between_statics_points() -> None
              Point("dynamic", 0.25, 0.25, (75.0,), (4.0,)), Point("dynamic", 0.1, 0.1, (60.0,), (3.0,)),
              Point("dynamic", 0.9, 0.9, (91.0,), (9.0,))]  # fmt: skip
     ratios = at_equal_accuracy(found, lambda p: p.time)
-    assert ratios == pytest.approx({0.5: 6 / 8, 0.25: 4 / 5, 0.9: 0.9})  # 0.1 is worse than all static ones
+    assert {asked: r.ratio for asked, r in ratios.items()} == pytest.approx({0.5: 6 / 8, 0.25: 4 / 5, 0.9: 0.9})
+    assert {asked: (r.of, r.reached) for asked, r in ratios.items()} == {
+        0.5: ("static", True), 0.25: ("static", True), 0.9: ("dense", False),  # 0.1 is worse than all static ones
+    }  # fmt: skip
+    lines = table(found)
+    assert "\nAt the accuracy of dynamic at 0.25, dynamic needs 0.80 of static's time." in lines
+    assert "dynamic at 0.9. Of the most accurate, dense, dynamic needs 0.90 of the time." in lines
     assert at_equal_accuracy(found[:1], lambda p: p.time) == {}
     text = table([Point("static", 0.5, 0.49, (80.0, 82.0)), Point("dense", 1, 1.0, (90.0,), (10.0, 12.0, 11.0))])
     assert "| static | 0.5 | 0.490 | 81.00 ± 1.41 | 80.00, 82.00 |  |" in text
     assert "| dense | 1 | 1.000 | 90.00 ± 0.00 | 90.00 | 11.000 |" in text
+
+
+def test_a_dense_network_behind_static_makes_nothing_look_dearer() -> None:
+    """Trained for less, it may be the least accurate point and the dearest."""
+    found = [Point("dense", 1, 1.0, (70.0,)), Point("static", 0.5, 0.5, (80.0,)), Point("static", 0.25, 0.25, (60.0,)),
+             Point("dynamic", 0.5, 0.5, (75.0,)), Point("dynamic", 0.25, 0.25, (81.0,))]  # fmt: skip
+    ratios = at_equal_accuracy(found, lambda p: p.macs)
+    assert ratios[0.5] == (pytest.approx(0.5 / (0.25 + 0.25 * 15 / 20)), "static", True)
+    assert ratios[0.25] == (pytest.approx(0.25 / 0.5), "static at 0.5", False)
+    assert at_equal_accuracy([*found[:2], found[3]], lambda p: p.macs)[0.5].ratio == 1  # static at 0.5 does it, too
 
 
 @pytest.mark.parametrize(("make", "macs"), [(network.small, 15.9e6), (network.large, 555e6), (network.mobile, 1.05e6)])
