@@ -261,8 +261,21 @@ def scale_channels(x: Tensor, gain: Tensor, channel_dim: int) -> Tensor:
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
-def _over_places(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.sum(list(range(2, x.dim())))
+def _over_places(gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ gradient · (x − mean) · inverse and Σ gradient over all places, (B, C) both; mean and inverse are (C,)."""
+    batch, channels = x.shape[:2]
+    if x.dim() == 2 or x.is_contiguous():
+        # What a batch norm of one sample with B·C channels needs backwards: one pass, and no product is written.
+        shape = 1, batch * channels, *x.shape[2:]
+        mean, inverse = mean.repeat(batch), inverse.repeat(batch)
+        norm = inverse, None, None, mean, inverse, True, 0  # as weight `inverse` stands for any: it tells the type
+        _, scaled, total = torch.ops.aten.native_batch_norm_backward(
+            gradient.reshape(shape), x.reshape(shape), *norm, [False, True, True]
+        )
+        return scaled.view(batch, channels), total.view(batch, channels)
+    places = list(range(2, x.dim()))
+    total = gradient.sum(places)
+    return torch.addcmul((gradient * x).sum(places), mean, total, value=-1) * inverse, total
 
 
 class _ScaleNormed(torch.autograd.Function):
@@ -276,18 +289,18 @@ class _ScaleNormed(torch.autograd.Function):
         (gain, x, mean, inverse, weight, bias), (gradient,) = ctx.saved_tensors, gradients
         to_gain = None
         if ctx.needs_input_grad[1]:  # Σ gradient·y, with y = (x − mean) / deviation · weight + bias
-            total = _over_places(gradient)
-            to_gain = torch.addcmul(_over_places(gradient * x), mean, total, value=-1) * inverse
+            to_gain, total = _over_places(gradient, x, mean, inverse)
             to_gain = to_gain if weight is None else to_gain * weight
             to_gain = to_gain if bias is None else torch.addcmul(to_gain, bias, total)
+            to_gain = to_gain.to(gain.dtype)
         return scale_channels(gradient, gain, 1), to_gain, None, None, None, None, None
 
 
 def scale_batch_normed(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """y · gain for what a batch norm gave in training, without keeping y for the backward pass.
 
-    It follows from the norm's input, which the norm keeps anyway. Where that cannot be had (eval mode, autocast,
-    compiled, a y that something else has changed) y is kept.
+    It follows from the norm's input, which the norm keeps anyway. Where that cannot be had (eval mode, compiled, a y
+    that something else has changed, channels last under autocast) y is kept.
 
     Args:
         y: (B, C, …). gain: (B, C). bias: (C,), the norm's; None: it has none.
@@ -296,12 +309,15 @@ def scale_batch_normed(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         Of y's shape.
     """
     norm: Any = None if torch.compiler.is_compiling() else y.grad_fn
-    if (norm is None or norm.name() not in _BATCH_NORMS or not norm._saved_training or gain.shape != y.shape[:2]
-            or not y.dtype == gain.dtype == norm._saved_input.dtype):  # fmt: skip
+    if norm is None or norm.name() not in _BATCH_NORMS or not norm._saved_training or gain.shape != y.shape[:2]:
+        return scale_channels(y, gain, 1)
+    x = norm._saved_input.detach()
+    # Products with the types of autocast would have to be written in a wider one, which costs more than it saves.
+    if x.dtype != y.dtype or not (x.dtype == gain.dtype or x.dim() == 2 or x.is_contiguous()):
         return scale_channels(y, gain, 1)
     weight = None if norm._saved_weight is None else norm._saved_weight.detach()
     out: Tensor = _ScaleNormed.apply(
-        y, gain, norm._saved_input.detach(), norm._saved_result1, norm._saved_result2, weight,
+        y, gain, x, norm._saved_result1, norm._saved_result2, weight,
         None if bias is None else bias.detach(),
     )  # fmt: skip
     return out

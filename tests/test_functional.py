@@ -264,15 +264,21 @@ def test_the_gradient_of_a_subsample_in_another_type_has_the_type_of_its_input()
 
 
 @pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("lies", ["contiguous", "channels last", "gradient otherwise"])
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (6, 5)])
-def test_scaling_a_batch_norm_keeps_nothing_more(shape: tuple[int, ...], affine: bool) -> None:
+def test_scaling_a_batch_norm_keeps_nothing_more(shape: tuple[int, ...], lies: str, affine: bool) -> None:
     torch.manual_seed(0)
     norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(5, affine=affine).double().train()
     if affine:
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
-    x = (3 * torch.randn(shape, dtype=torch.float64) + 2).requires_grad_()
-    gain, target = torch.rand(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(shape, dtype=torch.float64)
+
+    def lay(t: Tensor, last: bool) -> Tensor:
+        return t.movedim(1, -1).contiguous().movedim(-1, 1) if last else t
+
+    x = lay(3 * torch.randn(shape, dtype=torch.float64) + 2, lies == "channels last").requires_grad_()
+    gain = torch.rand(6, 5, dtype=torch.float64, requires_grad=True)
+    target = lay(torch.randn(shape, dtype=torch.float64), lies != "contiguous")
     found = []
     for scale in (lambda y: scale_channels(y, gain, 1), lambda y: scale_batch_normed(y, gain, norm.bias)):
         kept: set[int] = set()
@@ -288,6 +294,23 @@ def test_scaling_a_batch_norm_keeps_nothing_more(shape: tuple[int, ...], affine:
         found.append((out.detach(), gradients, len(kept - {0, target.untyped_storage().data_ptr()})))
     torch.testing.assert_close(found[0][:2], found[1][:2])
     assert found[1][2] < found[0][2]  # the norm's output is not kept
+
+
+def test_scaling_a_batch_norm_under_autocast() -> None:
+    """What the gain gets is that of float32, to the bits of what the norm was given; nothing more is kept."""
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5).train()
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    gain = torch.rand(6, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(conv(torch.randn(6, 3, 9, 9)))
+        out = scale_batch_normed(y, gain, norm.bias)
+    assert out.dtype == y.dtype == torch.bfloat16 and type(out.grad_fn).__name__.startswith("_ScaleNormed")
+    target = torch.randn(out.shape).bfloat16()
+    found = torch.autograd.grad(out, gain, target, retain_graph=True)[0]
+    x = y.grad_fn._saved_input.float()  # type: ignore[union-attr]
+    exact = nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+    torch.testing.assert_close(found, (exact * target.float()).sum((2, 3)), rtol=1e-4, atol=1e-4)
 
 
 def test_scaling_a_batch_norm_in_eval_mode() -> None:

@@ -39,11 +39,22 @@ def test_memory_is_counted_once_each(norm: bool) -> None:
     # both, and counts its batches.
     assert found.dense_operators == 2 * 6 + 1 + 3 * norm
     assert 20 < found.gated_operators - found.dense_operators < 60
+    # Forwards and backwards: the image with what the first convolution writes, the norm, the rectifier, the last
+    # convolution, the mean. The gated model passes over 16 channels to multiply by the gain and its gradient, and for
+    # the sums that the gain gets.
+    dense = (3 + 16) * 2 + 16 * norm * (2 + 3) + 16 * (2 + 3) + (4 + 16) + (4 + 16 * 2) + 4 * 2
+    assert found.dense_traffic == pytest.approx(dense * maps, rel=0.03)
+    gated = dense + 16 * (2 + 2 + 2 if norm else 2 + 2 + 4) + 3 * 3  # and s(x): no gradient for an image
+    assert found.gated_traffic == pytest.approx(gated * maps, rel=0.03)
     assert all(p.grad is None for p in model.parameters()) and not hasattr(model, "gatedprune")
 
 
-def test_the_command() -> None:
-    result = CliRunner().invoke(main, ["test_resnet", "--size", "32", "--batch", "2", "--rounds", "1"])
+@pytest.mark.parametrize("more", [(), ("--precision", "bf16", "--channels-last"),
+                                  pytest.param(("--compile",), marks=pytest.mark.slow)])  # fmt: skip
+def test_the_command(more: tuple[str, ...]) -> None:
+    options = ["test_resnet", "--size", "32", "--batch", "2", "--rounds", "1", *more]
+    result = CliRunner().invoke(main, options, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "step: dense" in result.output and "kept activations alone" in result.output
-    assert "operators: dense" in result.output
+    assert "operators: dense" in result.output and "they read and write" in result.output
+    assert "compiled" in result.output if "--compile" in more else "compiled" not in result.output
