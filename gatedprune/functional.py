@@ -5,7 +5,6 @@ Sources: the monocular-depth paper (doi 10.18280/mmep.090221), equations 4–7, 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError
+from .gradients import Bounded, Mean, NotNegative, ScaleNormed, StraightThrough
 
 __all__ = [
     "active_mask",
@@ -48,37 +48,12 @@ def subsample(x: Tensor, channel_dim: int = 1, signed: bool = False, dtype: torc
     """
     dims = [d for d in range(1, x.dim()) if d != channel_dim % x.dim()]
     if dims and x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        mean: Tensor = _Mean.apply(x, dims, signed, dtype)
+        mean: Tensor = Mean.apply(x, dims, signed, dtype)
         return mean
     values = x if signed else x.abs()
     if dims:
         return values.mean(dims, dtype=dtype)
     return values if dtype is None else values.to(dtype)
-
-
-def _rectified(x: Tensor) -> bool:
-    """Whether a rectifier wrote x: then |x| is x, and where x is 0 no gradient gets through."""
-    return x.grad_fn is not None and x.grad_fn.name() == "ReluBackward0"
-
-
-class _Mean(torch.autograd.Function):
-    """The mean of x, or of |x|, whose gradient is not written out for every place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: list[int], signed: bool, dtype: torch.dtype | None) -> Tensor:
-        ctx.dims, ctx.shape, ctx.dtype = dims, x.shape, x.dtype
-        ctx.as_it_is = signed or _rectified(x)
-        if not signed:
-            # A rectifier's, too: checkpointing runs this again on an x that nothing wrote, and wants the same tensors.
-            ctx.save_for_backward(x)
-        return (x if ctx.as_it_is else x.abs()).mean(dims, dtype=dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        each = (gradients[0] / math.prod(ctx.shape[d] for d in ctx.dims)).to(ctx.dtype)
-        for d in ctx.dims:
-            each = each.unsqueeze(d)
-        return each.expand(ctx.shape) if ctx.as_it_is else ctx.saved_tensors[0].sgn() * each, None, None, None
 
 
 def saliency(s: Tensor, weight: Tensor, bias: Tensor, reduce: Tensor | None = None) -> Tensor:
@@ -94,70 +69,31 @@ def saliency(s: Tensor, weight: Tensor, bias: Tensor, reduce: Tensor | None = No
     return F.linear(s if reduce is None else F.linear(s, reduce), weight, bias).relu()
 
 
-class _Bounded(torch.autograd.Function):
-    """min(x, limit); the gradient passes but where it would push x further beyond the limit."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
-        ctx.save_for_backward(x >= limit)
-        return x.clamp(max=limit)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (beyond,), (gradient,) = ctx.saved_tensors, gradients
-        return gradient.masked_fill(beyond & (gradient < 0), 0), None  # descent adds −gradient
-
-
 def bounded_gain(x: Tensor, limit: float | None) -> Tensor:
     """A gain x = 1 + σ·(g − g_start) as it is multiplied: not negative, and at most ``limit`` (None: unbounded).
 
     Backwards, the upper bound blocks only what would push a gain further beyond it. Plain clamping blocks both
     directions, and a gain that once went beyond would hear nothing from the loss any more.
     """
-    x = x.relu()
     if limit is None:
-        return x
+        return x.relu()
     if torch.is_grad_enabled() and x.requires_grad:
-        bounded: Tensor = _Bounded.apply(x, limit)
+        bounded: Tensor = Bounded.apply(x, limit)
         return bounded
-    return x.clamp(max=limit)
-
-
-class _NotNegative(torch.autograd.Function):
-    """max(x, 0); the gradient passes but where it would push x further below 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x <= 0)
-        return x.clamp(min=0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (beyond,), (gradient,) = ctx.saved_tensors, gradients
-        return gradient.masked_fill(beyond & (gradient > 0), 0)  # descent adds −gradient
+    return x.clamp(0, limit)
 
 
 def not_negative(x: Tensor) -> Tensor:
     """max(x, 0) for a parameter that stays trainable at and below 0, where a rectifier's gradient is 0."""
     if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _NotNegative.apply(x)
+        out: Tensor = NotNegative.apply(x)
         return out
     return x.clamp(min=0)
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        return None, gradients[0]
-
-
 def straight_through(value: Tensor, source: Tensor) -> Tensor:
     """``value`` forwards; backwards its gradient goes to ``source``, which has the same shape, as if it were that."""
-    out: Tensor = _StraightThrough.apply(value, source)
+    out: Tensor = StraightThrough.apply(value, source)
     return out
 
 
@@ -261,41 +197,6 @@ def scale_channels(x: Tensor, gain: Tensor, channel_dim: int) -> Tensor:
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
-def _over_places(gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ gradient · (x − mean) · inverse and Σ gradient over all places, (B, C) both; mean and inverse are (C,)."""
-    batch, channels = x.shape[:2]
-    if x.dim() == 2 or x.is_contiguous():
-        # What a batch norm of one sample with B·C channels needs backwards: one pass, and no product is written.
-        shape = 1, batch * channels, *x.shape[2:]
-        mean, inverse = mean.repeat(batch), inverse.repeat(batch)
-        norm = inverse, None, None, mean, inverse, True, 0  # as weight `inverse` stands for any: it tells the type
-        _, scaled, total = torch.ops.aten.native_batch_norm_backward(
-            gradient.reshape(shape), x.reshape(shape), *norm, [False, True, True]
-        )
-        return scaled.view(batch, channels), total.view(batch, channels)
-    places = list(range(2, x.dim()))
-    total = gradient.sum(places)
-    return torch.addcmul((gradient * x).sum(places), mean, total, value=-1) * inverse, total
-
-
-class _ScaleNormed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, gain: Tensor, *norm: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gain, *norm)
-        return scale_channels(y, gain, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gain, x, mean, inverse, weight, bias), (gradient,) = ctx.saved_tensors, gradients
-        to_gain = None
-        if ctx.needs_input_grad[1]:  # Σ gradient·y, with y = (x − mean) / deviation · weight + bias
-            to_gain, total = _over_places(gradient, x, mean, inverse)
-            to_gain = to_gain if weight is None else to_gain * weight
-            to_gain = to_gain if bias is None else torch.addcmul(to_gain, bias, total)
-            to_gain = to_gain.to(gain.dtype)
-        return scale_channels(gradient, gain, 1), to_gain, None, None, None, None, None
-
-
 def scale_batch_normed(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """y · gain for what a batch norm gave in training, without keeping y for the backward pass.
 
@@ -316,7 +217,7 @@ def scale_batch_normed(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype != y.dtype or not (x.dtype == gain.dtype or x.dim() == 2 or x.is_contiguous()):
         return scale_channels(y, gain, 1)
     weight = None if norm._saved_weight is None else norm._saved_weight.detach()
-    out: Tensor = _ScaleNormed.apply(
+    out: Tensor = ScaleNormed.apply(
         y, gain, x, norm._saved_result1, norm._saved_result2, weight,
         None if bias is None else bias.detach(),
     )  # fmt: skip

@@ -11,8 +11,8 @@ import pytest
 
 # The library from the ground up; a module may import from those before it. A new module takes its place here.
 ORDER = (
-    "_version", "errors", "files", "config", "functional", "precision", "gates", "sites", "wrapping", "engine",
-    "measure", "data", "training", "inside", "compare", "export", "io", "finetune", "testing", "sweep", "cli",
+    "_version", "errors", "files", "config", "gradients", "functional", "precision", "gates", "sites", "wrapping",
+    "engine", "measure", "data", "training", "inside", "compare", "export", "io", "finetune", "testing", "sweep", "cli",
     "__main__",
 )  # fmt: skip
 
