@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError
-from .gradients import Bounded, Mean, NotNegative, ScaleNormed, StraightThrough
+from .gradients import Bounded, Mean, NotNegative, Scale, ScaleNormed, StraightThrough
 
 __all__ = [
     "active_mask",
@@ -186,36 +186,47 @@ def per_row(values: Tensor, rows: int) -> Tensor:
     return values if values.shape[0] == rows else values.repeat_interleave(rows // values.shape[0], dim=0)
 
 
-def scale_channels(x: Tensor, gain: Tensor, channel_dim: int) -> Tensor:
-    """x · gain along ``channel_dim``, in x's dtype; gain is (B, n), and x may hold several rows for each sample."""
+def scale_channels(x: Tensor, gain: Tensor, channel_dim: int, fate: str | None = None) -> Tensor:
+    """x · gain along ``channel_dim``, in x's dtype.
+
+    Args:
+        x: Its first dimension is B·r: r rows for each sample. gain: (B, n).
+        fate: What becomes of the result (`gatedprune.sites.Attach`), and that the gain is not negative: x is not kept
+            for the backward pass then.
+    """
     view = [1] * x.dim()
     view[0], view[channel_dim] = x.shape[0], gain.shape[1]
-    return x * per_row(gain, x.shape[0]).to(x.dtype).view(view)
+    gain = per_row(gain, x.shape[0]).to(x.dtype).view(view)
+    if fate is not None and gain.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out: Tensor = Scale.apply(x, gain, fate == "rectified")
+        return out
+    return x * gain
 
 
 # Nodes of PyTorch's autograd: each saves the norm's input, its mean and the inverse of its standard deviation.
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
-def scale_batch_normed(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+def scale_batch_normed(y: Tensor, gain: Tensor, bias: Tensor | None, fate: str | None = None) -> Tensor:
     """y · gain for what a batch norm gave in training, without keeping y for the backward pass.
 
     It follows from the norm's input, which the norm keeps anyway. Where that cannot be had (eval mode, compiled, a y
-    that something else has changed, channels last under autocast) y is kept.
+    that something else has changed, channels last under autocast) `scale_channels` does it.
 
     Args:
         y: (B, C, …). gain: (B, C). bias: (C,), the norm's; None: it has none.
+        fate: As `scale_channels` takes it.
 
     Returns:
         Of y's shape.
     """
     norm: Any = None if torch.compiler.is_compiling() else y.grad_fn
     if norm is None or norm.name() not in _BATCH_NORMS or not norm._saved_training or gain.shape != y.shape[:2]:
-        return scale_channels(y, gain, 1)
+        return scale_channels(y, gain, 1, fate)
     x = norm._saved_input.detach()
     # Products with the types of autocast would have to be written in a wider one, which costs more than it saves.
     if x.dtype != y.dtype or not (x.dtype == gain.dtype or x.dim() == 2 or x.is_contiguous()):
-        return scale_channels(y, gain, 1)
+        return scale_channels(y, gain, 1, fate)
     weight = None if norm._saved_weight is None else norm._saved_weight.detach()
     out: Tensor = ScaleNormed.apply(
         y, gain, x, norm._saved_result1, norm._saved_result2, weight,

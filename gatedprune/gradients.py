@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Bounded", "Mean", "NotNegative", "ScaleNormed", "StraightThrough"]
+__all__ = ["Bounded", "Mean", "NotNegative", "Scale", "ScaleNormed", "StraightThrough"]
 
 
 def _rectified(x: Tensor) -> bool:
@@ -96,6 +96,29 @@ def _over_places(gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> 
     places = list(range(2, x.dim()))
     total = gradient.sum(places)
     return torch.addcmul((gradient * x).sum(places), mean, total, value=-1) * inverse, total
+
+
+class Scale(torch.autograd.Function):
+    """x · gain; gain, which broadcasts, is not negative.
+
+    Backwards it takes Σ gradient · x from the product, which what reads it keeps anyway, so that x is not kept. Where
+    the gain is 0 it gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, rectified: bool) -> Tensor:
+        product = x * gain
+        # A rectifier that writes over it changes only what gets no gradient: not asked whether it was changed.
+        ctx.save_for_backward(product.data if rectified else product, gain)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (product, gain), (gradient,) = ctx.saved_tensors, gradients
+        to_gain = None
+        if ctx.needs_input_grad[1]:
+            to_gain = (gradient * product).sum_to_size(gain.shape) / gain.masked_fill(gain == 0, 1)
+        return gradient * gain, to_gain, None
 
 
 def _per_channel(gain: Tensor, x: Tensor) -> Tensor:

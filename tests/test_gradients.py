@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -164,3 +166,36 @@ def test_scaling_a_batch_norm_in_eval_mode() -> None:
     norm, gain = nn.BatchNorm2d(5).eval(), torch.rand(2, 5, requires_grad=True)
     y = norm(torch.randn(2, 5, 3, 3))
     torch.testing.assert_close(scale_batch_normed(y, gain, norm.bias), scale_channels(y, gain, 1))
+
+
+@pytest.mark.parametrize("overwrite", [None, F.relu_, lambda p: F.relu6(p, inplace=True)])
+def test_scaling_keeps_the_product_alone(overwrite: Callable[[Tensor], Tensor] | None) -> None:
+    """A rectifier may write over it; where the gain is 0 it gets no gradient."""
+    x = 4 * torch.randn(3, 5, 4, 4, dtype=torch.float64, requires_grad=True)
+    gain, target = torch.rand(3, 5, dtype=torch.float64), torch.randn(x.shape, dtype=torch.float64)
+    gain[0, 1] = gain[2, 3] = 0
+    gain.requires_grad_()
+    found = []
+    for fate in ("rectified" if overwrite else "kept", None):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            product = scale_channels(x, gain, 1, fate)
+        out = product if overwrite is None else overwrite(product if fate else product.clone())
+        gradients = torch.autograd.grad((out * target).sum(), (x, gain))
+        found.append((out.detach(), gradients[0], gradients[1] * (gain > 0)))
+        assert any(t.data_ptr() == x.data_ptr() for t in kept) == (fate is None)
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_writing_over_a_kept_product_is_an_error() -> None:
+    x, gain = torch.randn(3, 5, 4), torch.rand(3, 5, requires_grad=True)
+    out = F.silu(scale_channels(x, gain, 1, "kept"), inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_several_rows_for_each_sample_and_channels_last() -> None:
+    x, gain = torch.randn(6, 7, 5, dtype=torch.float64), torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(x)
+    wanted, found = (torch.autograd.grad(scale_channels(x, gain, 2, f), gain, upstream) for f in (None, "kept"))
+    torch.testing.assert_close(found, wanted)

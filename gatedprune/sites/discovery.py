@@ -16,6 +16,7 @@ from . import operators
 from .boundary import Boundaries
 from .capture import capture, normalise_inputs, two_samples
 from .costs import layer_costs
+from .fate import fate
 from .flow import Flow
 from .joins import branches_of, trace
 from .labels import Const, Use, compress, distinct
@@ -320,7 +321,7 @@ class _Discovery:
         hooks = [self.boundaries.input_hook(user) for user in value.users]
         if not all(hook is not None and hook[1] is value for hook in hooks):
             return None
-        layout = self._layout(value, roots)
+        layout = *self._layout(value, roots), fate(value)
         return tuple(Attach(path, "input", *layout) for path in dict.fromkeys(hook[0] for hook in hooks if hook))
 
     def _attach(self, value: fx.Node, roots: np.ndarray) -> tuple[Attach, ...] | None:
@@ -328,7 +329,7 @@ class _Discovery:
         if places is None:
             return None
         dim, units = self._layout(value, roots)
-        return tuple(Attach(path, side, dim, units) for path, side in places)
+        return tuple(Attach(path, side, dim, units, fate(value)) for path, side in places)
 
     def _layout(self, value: fx.Node, roots: np.ndarray) -> tuple[int, Tensor | None]:
         """Channel dimension of a value and its channel → unit map (None: the identity)."""

@@ -34,13 +34,16 @@ class Edge:
 class Attach:
     """A place at a module's boundary: its only input (``"input"``) or its output (``"output"``).
 
-    ``units`` maps the channels along ``channel_dim`` to site channels; None where no map is needed.
+    ``units`` maps the channels along ``channel_dim`` to site channels; None where no map is needed. ``fate`` is what
+    becomes of the value's memory: "kept", nothing writes over it; "rectified", its only reader, a rectifier, does;
+    None: something else may.
     """
 
     path: str
     side: str
     channel_dim: int
     units: Tensor | None = None
+    fate: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,10 +65,13 @@ class _Scale:
 
     Args:
         gain: The gain, not the mask. silenced: of the site: its gain lets suppressed channels through.
+        norm: The batch norm that gives the value, if one does.
     """
 
-    def __init__(self, state: GatingState, gate: Gate, at: Attach, gain: bool, silenced: bool) -> None:
+    def __init__(self, state: GatingState, gate: Gate, at: Attach, gain: bool, silenced: bool,
+                 norm: nn.Module | None) -> None:  # fmt: skip
         self.state, self.gate, self.at, self.gain, self.silenced = state, gate, at, gain, silenced
+        self.norm: Any = norm
 
     def spread(self) -> Tensor:
         """The gain or mask of each channel that the value has, (B, n)."""
@@ -84,7 +87,11 @@ class _Scale:
         return whole if self.gain else straight_through(found, torch.where(found > 0, whole.detach(), whole))
 
     def scale(self, x: Tensor) -> Tensor:
-        return scale_channels(x, self.spread(), self.at.channel_dim)
+        # Losers that learn are next to nothing in the product, which can then not stand for the factor.
+        fate = self.at.fate if self.gate.last_whole is None else None
+        if self.norm is not None:
+            return scale_batch_normed(x, self.spread(), self.norm.bias, fate)
+        return scale_channels(x, self.spread(), self.at.channel_dim, fate)
 
 
 class _ScaleInput(_Scale):
@@ -103,12 +110,7 @@ class _ScaleOutput(_Scale):
     """Forward hook."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        if self.state.suspended:
-            return None
-        if type(module) in BATCH_NORMS:  # not their subclasses, which may do more
-            bias: Any = module.bias
-            return scale_batch_normed(output, self.spread(), bias)
-        return self.scale(output)
+        return None if self.state.suspended else self.scale(output)
 
 
 class _Renorm:
@@ -198,8 +200,11 @@ def attach(model: nn.Module, site: Site, gate: Gate, state: GatingState) -> None
     for places, gain in ((site.gain_at, True), (site.masks, False)):
         for at in places:
             module = model.get_submodule(at.path)
+            # timm's batch norms with an activation: its input is the norm's output.
+            giver = module if at.side == "output" else model.get_submodule(at.path.rpartition(".")[0])
+            batch_norm = giver if isinstance(giver, BATCH_NORMS) and at.channel_dim == 1 else None
+            options = state, gate, at, gain, site.silenced, batch_norm
             if at.side == "input":
-                hook = _ScaleInput(state, gate, at, gain, site.silenced)
-                add(module.register_forward_pre_hook(hook, with_kwargs=True))
+                add(module.register_forward_pre_hook(_ScaleInput(*options), with_kwargs=True))
             else:
-                add(module.register_forward_hook(_ScaleOutput(state, gate, at, gain, site.silenced)))
+                add(module.register_forward_hook(_ScaleOutput(*options)))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from gatedprune import is_gated, wrap
+from gatedprune.functional import scale_channels
+from gatedprune.testing.case import enliven, excite
 from gatedprune.wrapping import GatedModel
+
+from ..tiny import SIZE, create
 
 IMAGES = torch.zeros(2, 3, 16, 16)
 
@@ -250,3 +255,44 @@ def test_losers_of_a_silenced_site_learn_by_straight_through() -> None:
     lost = 1 - F.one_hot(gate.last_active, gate.channels).sum(1)
     wanted = lost * (back * read[0]).sum((2, 3)) * (gate.last_saliency > 0)
     torch.testing.assert_close(gate.bias.grad, wanted.sum(0))
+
+
+def gradients(gated: GatedModel, x: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(0)  # one of the models drops out
+    gated.zero_grad(set_to_none=True)
+    out = gated(x)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    return grads(gated)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", timm.list_models("test_*"))
+def test_what_is_not_kept_for_the_backward_pass_changes_no_gradient(
+    name: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 3, SIZE, SIZE, dtype=torch.float64)
+    gated = excite(wrap(enliven(create(name)).double(), 0.5, example_inputs=x, stream=True), (x,)).train(training)
+    found, plain = gradients(gated, x), lambda x, gain, dim, fate=None: scale_channels(x, gain, dim)
+    monkeypatch.setattr("gatedprune.wrapping.hooks.scale_channels", plain)
+    monkeypatch.setattr("gatedprune.wrapping.hooks.scale_batch_normed", lambda x, gain, *_: scale_channels(x, gain, 1))
+    wanted = gradients(gated, x)
+    assert wanted.keys() == found.keys()
+    for parameter, gradient in wanted.items():
+        torch.testing.assert_close(
+            found[parameter], gradient, rtol=1e-7, atol=1e-10, msg=lambda m, n=parameter: f"{n}: {m}"
+        )
+
+
+def test_losers_learn_from_small_gradients() -> None:
+    """The product, 2^-100 of a loser, cannot stand for what was multiplied: 1e-16 of it is no number any more."""
+    layers = nn.Sequential(nn.Conv2d(3, 16, 3), nn.GELU(), nn.Conv2d(16, 4, 1), nn.Flatten())
+    gated = wrap(layers, 0.5, example_inputs=IMAGES, straight_through=True).train()
+    x = torch.randn(4, 3, 16, 16)
+    found = {}
+    for size in (1.0, 1e-16):
+        gated.zero_grad()
+        (size * gated(x).sin().sum()).backward()
+        (gate,) = gated.gates.values()
+        found[size] = gate.bias.grad / size
+    assert found[1.0].all()
+    torch.testing.assert_close(found[1e-16], found[1.0], rtol=1e-4, atol=1e-5)
