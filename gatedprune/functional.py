@@ -12,24 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError
-from .gradients import Bounded, Mean, NotNegative, Scale, ScaleNormed, StraightThrough
+from .gradients import Gain, Mean, Scale, ScaleNormed, StraightThrough
 
 __all__ = [
     "active_mask",
     "active_set",
-    "bounded_gain",
     "channel_gain",
+    "gain_of",
     "indexed_conv2d",
     "masked_norm",
-    "not_negative",
     "per_row",
     "response_norm",
     "saliency",
     "scale_batch_normed",
     "scale_channels",
+    "spread",
     "straight_through",
     "subsample",
     "threshold_set",
+    "threshold_winners",
+    "where_true",
+    "winners",
     "winners_take_all",
 ]
 
@@ -69,26 +72,21 @@ def saliency(s: Tensor, weight: Tensor, bias: Tensor, reduce: Tensor | None = No
     return F.linear(s if reduce is None else F.linear(s, reduce), weight, bias).relu()
 
 
-def bounded_gain(x: Tensor, limit: float | None) -> Tensor:
-    """A gain x = 1 + σ·(g − g_start) as it is multiplied: not negative, and at most ``limit`` (None: unbounded).
+def gain_of(g: Tensor, strength: Tensor, start: Tensor, limit: float | None) -> Tensor:
+    """The gain 1 + σ·(g − g_start) that each channel has where it wins: not negative, at most ``limit``.
 
-    Backwards, the upper bound blocks only what would push a gain further beyond it. Plain clamping blocks both
-    directions, and a gain that once went beyond would hear nothing from the loss any more.
+    A σ below 0 counts as 0. Backwards, the upper bound and that of σ block only what would push further beyond them.
+
+    Args:
+        g: (B, C). strength: σ, a scalar. start: g_start, (C,). limit: None: unbounded.
+
+    Returns:
+        (B, C).
     """
-    if limit is None:
-        return x.relu()
-    if torch.is_grad_enabled() and x.requires_grad:
-        bounded: Tensor = Bounded.apply(x, limit)
-        return bounded
-    return x.clamp(0, limit)
-
-
-def not_negative(x: Tensor) -> Tensor:
-    """max(x, 0) for a parameter that stays trainable at and below 0, where a rectifier's gradient is 0."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = NotNegative.apply(x)
-        return out
-    return x.clamp(min=0)
+    if torch.is_grad_enabled() and (g.requires_grad or strength.requires_grad):
+        gain: Tensor = Gain.apply(g, strength, start, limit)
+        return gain
+    return (1 + strength.clamp(min=0) * (g - start)).clamp(0, limit)
 
 
 def straight_through(value: Tensor, source: Tensor) -> Tensor:
@@ -115,6 +113,26 @@ def active_set(g: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=1).values
 
 
+def winners(g: Tensor, k: int) -> Tensor:
+    """(B, C), bool: True at the k largest saliencies of each sample, `active_set` as a mask."""
+    mask = torch.zeros_like(g, dtype=torch.bool)
+    return mask.scatter(1, torch.sort(g.detach(), dim=1, descending=True, stable=True).indices[:, :k], True)
+
+
+def threshold_winners(g: Tensor, threshold: Tensor, k: int) -> Tensor:
+    """(B, C), bool: `threshold_set` as a mask."""
+    order = torch.sort(g.detach(), dim=1, descending=True, stable=True).indices
+    places = torch.arange(g.shape[1], device=g.device).expand(g.shape)
+    at_least = torch.where(threshold.isinf(), k, 1)
+    return (g.detach() > threshold).scatter_reduce(1, order, places < at_least, "amax")
+
+
+def where_true(mask: Tensor) -> Tensor:
+    """(B, C), int64: the indices at which a row of the mask (B, C) is True, ascending, and then C."""
+    places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    return torch.where(mask, places, mask.shape[1]).sort(dim=1).values
+
+
 def active_mask(active: Tensor, channels: int) -> Tensor:
     """(B, C), bool: True where a channel is in the active set.
 
@@ -138,12 +156,7 @@ def threshold_set(g: Tensor, threshold: Tensor, k: int) -> Tensor:
     Returns:
         (B, C), int64.
     """
-    samples, channels = g.shape
-    order = torch.sort(g.detach(), dim=1, descending=True, stable=True).indices
-    places = torch.arange(channels, device=g.device).expand(samples, channels)
-    at_least = torch.where(threshold.isinf(), k, 1)
-    wins = (g.detach() > threshold).scatter_reduce(1, order, places < at_least, "amax")
-    return torch.where(wins, places, channels).sort(dim=1).values
+    return where_true(threshold_winners(g, threshold, k))
 
 
 def winners_take_all(g: Tensor, k: int) -> Tensor:
@@ -179,6 +192,11 @@ def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels:
         return full[:, :channels]
     full[:, channels] = 1  # index −1, that is the last column, is what foreign channels read
     return full[:, units]
+
+
+def spread(values: Tensor, units: Tensor | None) -> Tensor:
+    """From site channels (B, C) to the n channels of a tensor, (B, n); ``units`` as `channel_gain` takes them."""
+    return values if units is None else F.pad(values, (0, 1), value=1)[:, units]
 
 
 def per_row(values: Tensor, rows: int) -> Tensor:

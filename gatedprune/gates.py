@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import active_set, bounded_gain, not_negative, saliency, straight_through, subsample, threshold_set
+from .functional import (
+    active_set,
+    gain_of,
+    saliency,
+    straight_through,
+    subsample,
+    threshold_set,
+    threshold_winners,
+    where_true,
+    winners,
+)
 
 __all__ = ["Gate"]
 
@@ -89,10 +99,25 @@ class Gate(nn.Module):
 
     def clear(self) -> None:
         """Forget what the last forward pass selected."""
-        self.last_active: Tensor | None = None
-        self.last_gain: Tensor | None = None
+        self.last_wins: Tensor | None = None
+        self.last_gains: Tensor | None = None
         self.last_saliency: Tensor | None = None
         self.last_whole: Tensor | None = None
+
+    @property
+    def last_active(self) -> Tensor | None:
+        """The active set that the last forward pass chose, (B, k)."""
+        if self.last_wins is None:
+            return None
+        active = where_true(self.last_wins)
+        return active if self.varies or not len(active) else active[:, : int(self.last_wins[0].sum())]
+
+    @property
+    def last_gain(self) -> Tensor | None:
+        """The gain of each of `last_active`, (B, k)."""
+        if self.last_gains is None or (active := self.last_active) is None:
+            return None
+        return self.last_gains.gather(1, active.clamp_max(self.channels - 1))
 
     @property
     def active_count(self) -> int:
@@ -152,20 +177,20 @@ class Gate(nn.Module):
         if self.threshold is not None:
             self.threshold.fill_(float("inf"))
 
-    def select(self, s: Tensor, winners: Callable[[Tensor, int], Tensor] = active_set) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, s: Tensor, choose: Callable[[Tensor, int], Tensor] = active_set) -> tuple[Tensor, Tensor, Tensor]:
         """From the subsampled input s (B, C_in): active set (B, k), gain of the winners (B, k), saliency (B, C).
 
         With a threshold active set and gain are (B, C), see the class.
 
         Args:
-            winners: Computes what `active_set` does, by other operators; not used with a threshold.
+            choose: Computes what `active_set` does, by other operators; not used with a threshold.
         """
         g = self._saliency(s)
         if self.varies:
             assert self.threshold is not None
             active = threshold_set(g, self.threshold, self.active_count)
         else:
-            active = winners(g, self.active_count)
+            active = choose(g, self.active_count)
         if self.boost:
             at = active.clamp_max(self.channels - 1) if self.varies else active
             gain = self._gains(g).gather(1, at)
@@ -174,13 +199,19 @@ class Gate(nn.Module):
         return active, gain, g
 
     def forward(self, x: Tensor) -> Tensor:
-        """Select channels for x, (B, C_in, H, W) or tokens; remember the choice; return the active set (B, k)."""
+        """Select channels for x, (B, C_in, H, W) or tokens; remember the choice; return who wins, (B, C), bool."""
         # Under autocast x has few bits, and rounded saliencies tie: the lower indices would win.
         s = subsample(x, self.channel_dim, self.signed, None if x.dtype == self.weight.dtype else self.weight.dtype)
-        self.last_active, self.last_gain, self.last_saliency = self.select(s)
+        g = self._saliency(s)
+        if self.threshold is not None:
+            wins = threshold_winners(g, self.threshold, self.active_count)
+        else:
+            wins = winners(g, self.active_count)
+        self.last_saliency, self.last_wins = g, wins
+        self.last_gains = self._gains(g) if self.boost else torch.ones_like(g)
         learning = self.straight_through and self.training and torch.is_grad_enabled()
-        self.last_whole = self._whole(self.last_active, self.last_gain, self.last_saliency) if learning else None
-        return self.last_active
+        self.last_whole = self._whole(wins, self.last_gains, g) if learning else None
+        return wins
 
     def _saliency(self, s: Tensor) -> Tensor:
         if torch.is_autocast_enabled(s.device.type):
@@ -190,17 +221,16 @@ class Gate(nn.Module):
 
     def _gains(self, g: Tensor) -> Tensor:
         """(B, C): the gain that each channel has where it wins."""
-        return bounded_gain(1 + not_negative(self.strength) * (g - self.start), self.max_gain)
+        return gain_of(g, self.strength, self.start, self.max_gain)
 
-    def _whole(self, active: Tensor, gain: Tensor, g: Tensor) -> Tensor:
+    def _whole(self, wins: Tensor, gains: Tensor, g: Tensor) -> Tensor:
         """(B, C): winners' gains, and next to nothing for losers; the gradient reaches both alike."""
-        value = g.new_full((g.shape[0], self.channels + 1), WHISPER).scatter(1, active, gain)[:, : self.channels]
-        return straight_through(value.detach(), self._gains(g) if self.boost else g)
+        return straight_through(torch.where(wins, gains.detach(), WHISPER), gains if self.boost else g)
 
     def __getstate__(self) -> dict:
         # What a forward pass left behind is no part of the model, and non-leaf tensors cannot be copied.
         state = self.__dict__.copy()
-        state.update(last_active=None, last_gain=None, last_saliency=None, last_whole=None)
+        state.update(last_wins=None, last_gains=None, last_saliency=None, last_whole=None)
         return state
 
     def extra_repr(self) -> str:

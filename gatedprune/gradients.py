@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Bounded", "Mean", "NotNegative", "Scale", "ScaleNormed", "StraightThrough"]
+__all__ = ["Gain", "Mean", "Scale", "ScaleNormed", "StraightThrough"]
 
 
 def _rectified(x: Tensor) -> bool:
@@ -39,34 +39,30 @@ class Mean(torch.autograd.Function):
         return each.expand(ctx.shape) if ctx.as_it_is else ctx.saved_tensors[0].sgn() * each, None, None, None
 
 
-class Bounded(torch.autograd.Function):
-    """x in [0, limit]; the gradient passes above 0, but where it would push x further beyond the limit."""
+class Gain(torch.autograd.Function):
+    """1 + max(σ, 0) · (g − g_start), in [0, limit].
+
+    At the limit, and at σ = 0, the gradient passes but where descent would push further beyond it. Plain clamping
+    blocks both directions, and what once went beyond would hear nothing from the loss any more.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, g: Tensor, strength: Tensor, start: Tensor, limit: float | None) -> Tensor:
+        moved = g - start
+        gain = (moved * strength.clamp(min=0)).add_(1).clamp_(0, limit)
+        ctx.save_for_backward(moved, strength, gain)
         ctx.limit = limit
-        return x.clamp(0, limit)
+        return gain
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (x,), (gradient,) = ctx.saved_tensors, gradients
-        gradient = torch.where(x < ctx.limit, gradient, gradient.clamp(min=0))  # descent adds −gradient
-        return torch.where(x > 0, gradient, 0), None
-
-
-class NotNegative(torch.autograd.Function):
-    """max(x, 0); the gradient passes but where it would push x further below 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(min=0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,), (gradient,) = ctx.saved_tensors, gradients
-        return torch.where(x > 0, gradient, gradient.clamp(max=0))  # descent adds −gradient
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (moved, strength, gain), (gradient,) = ctx.saved_tensors, gradients  # descent adds −gradient
+        if ctx.limit is not None:
+            gradient = torch.where(gain < ctx.limit, gradient, gradient.clamp(min=0))
+        gradient = torch.ops.aten.threshold_backward(gradient, gain, 0)
+        to_strength = (gradient * moved).sum()
+        to_strength = torch.where(strength > 0, to_strength, to_strength.clamp(max=0))
+        return gradient * strength.clamp(min=0), to_strength, None, None
 
 
 class StraightThrough(torch.autograd.Function):

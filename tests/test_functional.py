@@ -18,6 +18,8 @@ from gatedprune.functional import (
     saliency,
     subsample,
     threshold_set,
+    where_true,
+    winners,
     winners_take_all,
 )
 
@@ -38,9 +40,9 @@ def test_always_exactly_k_and_ties_go_to_the_lower_index(drawn: tuple[Tensor, in
     active = active_set(g, k)
     assert active.shape == (len(g), k)
     assert active.dtype == torch.int64
-    for values, winners in zip(g.tolist(), active.tolist(), strict=True):
+    for values, chosen in zip(g.tolist(), active.tolist(), strict=True):
         best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]  # Python's sort is stable
-        assert winners == sorted(best)
+        assert chosen == sorted(best)
 
 
 @given(saliencies())
@@ -51,6 +53,14 @@ def test_winners_keep_their_value_and_losers_become_zero(drawn: tuple[Tensor, in
     assert torch.equal(out[won], g[won])
     assert not out[~won].any()
     assert out.isfinite().all()
+
+
+@given(saliencies())
+def test_winners_are_the_active_set_as_a_mask(drawn: tuple[Tensor, int]) -> None:
+    g, k = drawn
+    active = active_set(g, k)
+    assert torch.equal(winners(g, k), active_mask(active, g.shape[1]))
+    assert torch.equal(where_true(winners(g, k))[:, :k], active)
 
 
 @pytest.mark.parametrize("k", [0, 5, -1])

@@ -13,6 +13,12 @@ from gatedprune.gates import Gate
 IMPORTANCE = torch.tensor([0.3, 2.0, 0.1, 1.1, 0.7])
 
 
+def chosen(gate: Gate, x: torch.Tensor) -> list[list[int]]:
+    wins = gate(x)
+    assert gate.last_active is not None and gate.last_wins is wins
+    return gate.last_active.tolist()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("importance", [None, IMPORTANCE])
 def test_every_gain_starts_at_exactly_one(dtype: torch.dtype, importance: torch.Tensor | None) -> None:
@@ -25,8 +31,8 @@ def test_every_gain_starts_at_exactly_one(dtype: torch.dtype, importance: torch.
 
 def test_it_ranks_by_importance_before_training() -> None:
     gate = Gate(5, 3, 2, importance=IMPORTANCE)
-    assert gate(torch.randn(2, 3, 4, 4)).tolist() == [[1, 3], [1, 3]]
-    assert Gate(5, 3, 2)(torch.randn(1, 3, 4, 4)).tolist() == [[0, 1]]
+    assert chosen(gate, torch.randn(2, 3, 4, 4)) == [[1, 3], [1, 3]]
+    assert chosen(Gate(5, 3, 2), torch.randn(1, 3, 4, 4)) == [[0, 1]]
 
 
 def test_gain_moves_with_the_saliency() -> None:
@@ -79,7 +85,7 @@ def test_a_signed_gate_sees_the_mean() -> None:
     with torch.no_grad():
         gate.weight.copy_(torch.tensor([[1.0], [-1.0]]))
     x = torch.tensor([1.0, -3.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
-    assert gate(x).tolist() == [[0], [1]]
+    assert chosen(gate, x) == [[0], [1]]
     cancels = torch.tensor([2.0, -2.0]).view(1, 1, 1, 2)
     gate(cancels)
     assert gate.last_saliency is not None
@@ -92,7 +98,7 @@ def test_different_inputs_choose_different_channels() -> None:
         gate.weight.copy_(torch.eye(2))
     x = torch.zeros(2, 2, 3, 3)
     x[0, 0], x[1, 1] = -4, 4
-    assert gate(x).tolist() == [[0], [1]]
+    assert chosen(gate, x) == [[0], [1]]
 
 
 def test_without_boost_the_gain_is_a_mask() -> None:
@@ -221,7 +227,7 @@ def test_saliencies_keep_their_precision_under_autocast() -> None:
         found = gate(x)
     assert gate.last_saliency is not None and gate.last_saliency.dtype == torch.float32
     assert torch.equal(found, wanted)
-    assert not torch.equal(found, torch.arange(32).expand(4, 32))
+    assert not found[:, :32].all()
 
 
 def test_a_predictor_of_low_rank_is_the_product_of_its_matrices() -> None:

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gatedprune.functional import (
-    bounded_gain,
-    not_negative,
+    gain_of,
     scale_batch_normed,
     scale_channels,
     straight_through,
@@ -22,28 +21,37 @@ from gatedprune.functional import (
 )
 
 
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.floats(1, 8))
-def test_a_bounded_gain_is_the_gain_within_its_bounds(values: list[float], limit: float) -> None:
-    x = torch.tensor(values, dtype=torch.float64)
-    wanted = x.relu().clamp(max=limit)
-    assert torch.equal(bounded_gain(x, limit), wanted)
-    assert torch.equal(bounded_gain(x.requires_grad_(), limit), wanted)
-    assert torch.equal(bounded_gain(x, None), x.relu())
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.floats(-1, 3), st.floats(1, 8) | st.none())
+def test_a_gain_is_within_its_bounds(values: list[float], strength: float, limit: float | None) -> None:
+    g, sigma = torch.tensor([values], dtype=torch.float64), torch.tensor(strength, dtype=torch.float64)
+    start = torch.linspace(0, 2, len(values), dtype=torch.float64)
+    wanted = (1 + max(strength, 0) * (g - start)).clamp(0, limit)
+    assert torch.equal(gain_of(g, sigma, start, limit), wanted)
+    assert torch.equal(gain_of(g.requires_grad_(), sigma, start, limit), wanted)
+
+
+def test_the_gradient_of_a_gain_within_its_bounds() -> None:
+    g = (torch.rand(4, 3, dtype=torch.float64) + 1).requires_grad_()
+    strength = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    for limit in (4.0, None):
+        assert torch.autograd.gradcheck(lambda g, s, m=limit: gain_of(g, s, torch.ones(3).double(), m), (g, strength))
 
 
 def test_beyond_the_bound_only_the_way_back_has_a_gradient() -> None:
-    x = torch.tensor([-1.0, 1.0, 5.0, 5.0, 4.0], requires_grad=True)
+    g = torch.tensor([[-2.0, 0.0, 4.0, 4.0, 3.0]], requires_grad=True)  # gains of −1, 1, 5, 5, 4
     # Descent adds the negative gradient: the third gain is asked to shrink, the last two to grow.
-    bounded_gain(x, 4.0).backward(torch.tensor([-2.0, -2.0, 2.0, -2.0, -2.0]))
-    assert x.grad is not None and x.grad.tolist() == [0, -2, 2, 0, 0]
+    gain = gain_of(g, torch.tensor(1.0), torch.zeros(5), 4.0)
+    gain.backward(torch.tensor([[-2.0, -2.0, 2.0, -2.0, -2.0]]))
+    assert g.grad is not None and g.grad.tolist() == [[0, -2, 2, 0, 0]]
 
 
-def test_below_zero_only_the_way_back_has_a_gradient() -> None:
-    x = torch.tensor([-1.0, -1.0, 0.0, 0.0, 2.0], requires_grad=True)
-    out = not_negative(x)
-    assert out.tolist() == [0, 0, 0, 0, 2]
-    out.backward(torch.tensor([3.0, -3.0, 3.0, -3.0, 3.0]))
-    assert x.grad is not None and x.grad.tolist() == [0, -3, 0, -3, 3]
+@pytest.mark.parametrize("strength", [-1.0, 0.0, 2.0])
+def test_at_and_below_zero_a_strength_has_the_gradient_of_the_way_back(strength: float) -> None:
+    for direction in (3.0, -3.0):
+        sigma = torch.tensor(strength, requires_grad=True)
+        gain_of(torch.tensor([[1.0]]), sigma, torch.zeros(1), None).backward(torch.tensor([[direction]]))
+        wanted = direction if strength > 0 or direction < 0 else 0
+        assert sigma.grad is not None and float(sigma.grad) == wanted
 
 
 def test_straight_through_computes_one_thing_and_differentiates_another() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..functional import active_set, subsample
+from ..functional import active_set, subsample, winners
 from ..gates import Gate
 from ..sites import suspended
 from ..wrapping import GatedModel
@@ -85,9 +85,9 @@ def choosing(gated: GatedModel, scores: Callable[[str, Tensor], Tensor]) -> Iter
     def override(name: str) -> Any:
         def hook(gate: Gate, args: tuple, output: Tensor) -> Tensor:
             found = scores(name, subsample(args[0], gate.channel_dim, gate.signed, gate.bias.dtype))
-            gate.last_active = active_set(found, gate.active_count).to(output.device)
-            gate.last_gain = gate.bias.new_ones(gate.last_active.shape)
-            return gate.last_active
+            gate.last_wins = winners(found, gate.active_count).to(output.device)
+            gate.last_gains = gate.bias.new_ones(gate.last_wins.shape)
+            return gate.last_wins
 
         return hook
 

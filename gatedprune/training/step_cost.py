@@ -37,8 +37,8 @@ class StepCost:
         time: Median over the rounds of gated over dense, each pair timed one after the other.
         dense_kept, gated_kept: Bytes of activations kept for the backward pass.
         dense_state, gated_state: Bytes of parameters, buffers, gradients and momentum.
-        dense_operators, gated_operators: Forwards and backwards, but for views and empty memory: on a GPU each is a
-            launch or more. Without `torch.compile`, which makes fewer of them.
+        dense_operators, gated_operators: Forwards and backwards, but for views, constants and empty memory: on a GPU
+            each is a launch or more. Without `torch.compile`, which makes fewer of them.
         dense_traffic, gated_traffic: Bytes that these operators read and write, values that are spread over others
             (`expand`) counted once. Where memory is what limits a GPU, times are as these.
         rounds: How many were timed.
@@ -113,7 +113,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not (func.is_view or "empty" in func.name()):
+        if not (func.is_view or "empty" in func.name() or "scalar_tensor" in func.name()):
             self.count += 1
             self.traffic += sum(_bytes(t) for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
         return out

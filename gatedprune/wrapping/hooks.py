@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import DataError
-from ..functional import channel_gain, masked_norm, scale_batch_normed, scale_channels, straight_through
+from ..functional import masked_norm, scale_batch_normed, scale_channels, spread, straight_through
 from ..gates import Gate
 from ..sites import Attach, NormAt, Site
 
@@ -75,16 +74,14 @@ class _Scale:
 
     def spread(self) -> Tensor:
         """The gain or mask of each channel that the value has, (B, n)."""
-        gate, at, whole = self.gate, self.at, self.gate.last_whole
-        active, gain = gate.last_active, gate.last_gain
-        assert active is not None and gain is not None  # the graph orders the gate before its readers
-        values = gain if self.gain else gain.new_ones(gain.shape)
-        found = channel_gain(values, active, at.units, gate.channels, others=int(self.gain and self.silenced))
+        gate, whole = self.gate, self.gate.last_whole
+        wins, gains = gate.last_wins, gate.last_gains
+        assert wins is not None and gains is not None  # the graph orders the gate before its readers
+        found = torch.where(wins, gains, int(self.silenced)) if self.gain else wins.to(gains.dtype)
         # Losers that learn do so where they become next to nothing: at the gain, or where a silenced site is read.
-        if whole is None or self.gain == self.silenced:
-            return found
-        whole = whole if at.units is None else F.pad(whole, (0, 1), value=1)[:, at.units]
-        return whole if self.gain else straight_through(found, torch.where(found > 0, whole.detach(), whole))
+        if whole is not None and self.gain != self.silenced:
+            found = whole if self.gain else straight_through(found, torch.where(wins, whole.detach(), whole))
+        return spread(found, self.at.units)
 
     def scale(self, x: Tensor) -> Tensor:
         # Losers that learn are next to nothing in the product, which can then not stand for the factor.
@@ -140,12 +137,11 @@ class _Renorm:
         if self.result is not None:
             return self.result
         gate, norm, x, self.seen = self.gate, self.norm, self.seen, None
-        assert x is not None and gate.last_active is not None
+        assert x is not None and gate.last_wins is not None
         names = [(n or "").rpartition(".")[2] for n in (norm.weight, norm.bias)]
         found: list[Any] = [None if o is None else getattr(o, n) for o, n in zip(self.owners, names, strict=True)]
         weight, bias = found
-        ones = torch.ones_like(gate.last_active, dtype=x.dtype)
-        mask = channel_gain(ones, gate.last_active, norm.source.units, gate.channels)
+        mask = spread(gate.last_wins.to(x.dtype), norm.source.units)
         dim = norm.source.channel_dim
         y = masked_norm(x, mask, dim, weight, bias, norm.eps, norm.kind)
         if len(norm.outputs) > 1:
