@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
@@ -24,12 +26,14 @@ class GatingState:
     def __init__(self) -> None:
         self.suspended = False
         self.handles: list[RemovableHandle] = []
+        self.masks: dict[tuple[str, str, int], _Scale] = {}
 
     def remove(self) -> None:
         """Take every hook out of the model."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.masks.clear()
 
 
 def _value(args: tuple, kwargs: dict) -> tuple[Tensor, str | None]:
@@ -59,21 +63,18 @@ class _Select:
         self.gate(x)
 
 
-class _Scale:
-    """Multiply a value by the gate's gain (``boost``) or by its 0/1 mask.
+class _Factor:
+    """The gate's gain (``boost``) or its 0/1 mask, for the channels of the value at one place.
 
     Args:
         gain: The gain, not the mask. silenced: of the site: its gain lets suppressed channels through.
-        norm: The batch norm that gives the value, if one does.
     """
 
-    def __init__(self, state: GatingState, gate: Gate, at: Attach, gain: bool, silenced: bool,
-                 norm: nn.Module | None) -> None:  # fmt: skip
-        self.state, self.gate, self.at, self.gain, self.silenced = state, gate, at, gain, silenced
-        self.norm: Any = norm
+    def __init__(self, gate: Gate, at: Attach, gain: bool, silenced: bool) -> None:
+        self.gate, self.at, self.gain, self.silenced = gate, at, gain, silenced
 
     def spread(self) -> Tensor:
-        """The gain or mask of each channel that the value has, (B, n)."""
+        """Of each channel that the value has, (B, n)."""
         gate, whole = self.gate, self.gate.last_whole
         wins, gains = gate.last_wins, gate.last_gains
         assert wins is not None and gains is not None  # the graph orders the gate before its readers
@@ -83,12 +84,26 @@ class _Scale:
             found = whole if self.gain else straight_through(found, torch.where(wins, whole.detach(), whole))
         return spread(found, self.at.units)
 
+
+class _Scale:
+    """Multiply a value by its factors: one gain, or the masks of all sites that have channels in it.
+
+    Args:
+        norm: The batch norm that gives the value, if one does.
+    """
+
+    def __init__(self, state: GatingState, factor: _Factor, norm: nn.Module | None) -> None:
+        self.state, self.factors = state, [factor]
+        self.norm: Any = norm
+
     def scale(self, x: Tensor) -> Tensor:
-        # Losers that learn are next to nothing in the product, which can then not stand for the factor.
-        fate = self.at.fate if self.gate.last_whole is None else None
+        at = self.factors[0].at
+        # Losers that learn are next to nothing in the product, which can then not stand for what was multiplied.
+        fate = at.fate if all(factor.gate.last_whole is None for factor in self.factors) else None
+        product = functools.reduce(operator.mul, (factor.spread() for factor in self.factors))
         if self.norm is not None:
-            return scale_batch_normed(x, self.spread(), self.norm.bias, fate)
-        return scale_channels(x, self.spread(), self.at.channel_dim, fate)
+            return scale_batch_normed(x, product, self.norm.bias, fate)
+        return scale_channels(x, product, at.channel_dim, fate)
 
 
 class _ScaleInput(_Scale):
@@ -199,8 +214,14 @@ def attach(model: nn.Module, site: Site, gate: Gate, state: GatingState) -> None
             # timm's batch norms with an activation: its input is the norm's output.
             giver = module if at.side == "output" else model.get_submodule(at.path.rpartition(".")[0])
             batch_norm = giver if isinstance(giver, BATCH_NORMS) and at.channel_dim == 1 else None
-            options = state, gate, at, gain, site.silenced, batch_norm
-            if at.side == "input":
-                add(module.register_forward_pre_hook(_ScaleInput(*options), with_kwargs=True))
+            factor, place = _Factor(gate, at, gain, site.silenced), (at.path, at.side, at.channel_dim)
+            if not gain and place in state.masks:
+                state.masks[place].factors.append(factor)
+                continue
+            scale = (_ScaleInput if at.side == "input" else _ScaleOutput)(state, factor, batch_norm)
+            if isinstance(scale, _ScaleInput):
+                add(module.register_forward_pre_hook(scale, with_kwargs=True))
             else:
-                add(module.register_forward_hook(_ScaleOutput(*options)))
+                add(module.register_forward_hook(scale))
+            if not gain:
+                state.masks[place] = scale

@@ -186,7 +186,7 @@ def test_gating_that_is_not_removal(oracle: str, fault: str) -> None:
             hooks = gated.third._forward_pre_hooks
             del hooks[next(key for key, hook in hooks.items() if isinstance(hook, _ScaleInput))]
         for hook in gated.norm._forward_hooks.values() if fault == "gain forgotten" else ():
-            hook.gain = False
+            hook.factors[0].gain = False
         if fault == "channel not silenced":
             gated.norm._forward_hooks.clear()
 

@@ -296,3 +296,28 @@ def test_losers_learn_from_small_gradients() -> None:
         found[size] = gate.bias.grad / size
     assert found[1.0].all()
     torch.testing.assert_close(found[1e-16], found[1.0], rtol=1e-4, atol=1e-5)
+
+
+class Dense(nn.Module):
+    """Each layer reads what all layers before it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(c, 8, 3, padding=1) for c in (3, 11, 19, 27))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = torch.cat([x, layer(x).sigmoid()], 1)
+        return self.layers[-1](x).mean((2, 3))
+
+
+def test_the_masks_of_one_place_are_one_multiplication() -> None:
+    gated = excite(wrap(enliven(Dense()), 0.5, example_inputs=IMAGES), (torch.randn(4, 3, 16, 16),))
+    last = gated.layers[-1]
+    assert len(gated.gates) == 3 and len(last._forward_pre_hooks) == 1
+    seen = []
+    last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    gated(torch.randn(4, 3, 16, 16))
+    for i, gate in enumerate(gated.gates.values()):
+        zero = (seen[0][:, 3 + 8 * i : 11 + 8 * i] == 0).all(3).all(2)
+        assert torch.equal(zero, ~gate.last_wins) and zero.any() and not zero.all(0).all()
