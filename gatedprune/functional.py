@@ -86,7 +86,8 @@ def gain_of(g: Tensor, strength: Tensor, start: Tensor, limit: float | None) -> 
     if torch.is_grad_enabled() and (g.requires_grad or strength.requires_grad):
         gain: Tensor = Gain.apply(g, strength, start, limit)
         return gain
-    return (1 + strength.clamp(min=0) * (g - start)).clamp(0, limit)
+    gain = (1 + strength.clamp(min=0) * (g - start)).relu()
+    return gain if limit is None else gain.clamp(max=limit)
 
 
 def straight_through(value: Tensor, source: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from typing import Any
 
 import torch
@@ -73,16 +71,14 @@ class _Factor:
     def __init__(self, gate: Gate, at: Attach, gain: bool, silenced: bool) -> None:
         self.gate, self.at, self.gain, self.silenced = gate, at, gain, silenced
 
-    def spread(self) -> Tensor:
-        """Of each channel that the value has, (B, n)."""
-        gate, whole = self.gate, self.gate.last_whole
-        wins, gains = gate.last_wins, gate.last_gains
+    def values(self) -> Tensor:
+        """Of each channel of the site, (B, C); a mask may be bool."""
+        wins, gains, whole = self.gate.last_wins, self.gate.last_gains, self.gate.last_whole
         assert wins is not None and gains is not None  # the graph orders the gate before its readers
-        found = torch.where(wins, gains, int(self.silenced)) if self.gain else wins.to(gains.dtype)
         # Losers that learn do so where they become next to nothing: at the gain, or where a silenced site is read.
         if whole is not None and self.gain != self.silenced:
-            found = whole if self.gain else straight_through(found, torch.where(wins, whole.detach(), whole))
-        return spread(found, self.at.units)
+            return whole if self.gain else straight_through(wins.to(whole), torch.where(wins, whole.detach(), whole))
+        return torch.where(wins, gains, int(self.silenced)) if self.gain else wins
 
 
 class _Scale:
@@ -95,15 +91,32 @@ class _Scale:
     def __init__(self, state: GatingState, factor: _Factor, norm: nn.Module | None) -> None:
         self.state, self.factors = state, [factor]
         self.norm: Any = norm
+        self._units: dict[torch.device, Tensor | None] = {}
+
+    def product(self) -> Tensor:
+        """Of each channel that the value has, (B, n)."""
+        values = [factor.values() for factor in self.factors]
+        both = values[0] if len(values) == 1 else torch.cat(values, 1)
+        return spread(both.to(self.factors[0].gate.bias.dtype), self.units(both.device))
+
+    def units(self, device: torch.device) -> Tensor | None:
+        """Which of the factors' values, in a row, each channel takes: as `spread` has it."""
+        if device not in self._units:
+            found, offset = self.factors[0].at.units, self.factors[0].gate.channels
+            for factor in self.factors[1:]:
+                assert found is not None and factor.at.units is not None  # none of them has all of the channels
+                found = torch.where(factor.at.units < 0, found, factor.at.units + offset)
+                offset += factor.gate.channels
+            self._units[device] = None if found is None else found.to(device)
+        return self._units[device]
 
     def scale(self, x: Tensor) -> Tensor:
         at = self.factors[0].at
         # Losers that learn are next to nothing in the product, which can then not stand for what was multiplied.
         fate = at.fate if all(factor.gate.last_whole is None for factor in self.factors) else None
-        product = functools.reduce(operator.mul, (factor.spread() for factor in self.factors))
         if self.norm is not None:
-            return scale_batch_normed(x, product, self.norm.bias, fate)
-        return scale_channels(x, product, at.channel_dim, fate)
+            return scale_batch_normed(x, self.product(), self.norm.bias, fate)
+        return scale_channels(x, self.product(), at.channel_dim, fate)
 
 
 class _ScaleInput(_Scale):

@@ -285,8 +285,8 @@ class _MeanOverBatch(nn.Module):
         super().__init__()
         self.gated = gated
         for gate in gated.gates.values():
-            select = gate.select
-            gate.select = lambda s, select=select: select(s.mean(0, keepdim=True).expand_as(s))  # type: ignore[method-assign]
+            of = gate._saliency
+            gate._saliency = lambda s, of=of: of(s.mean(0, keepdim=True).expand_as(s))  # type: ignore[method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.gated(x)
