@@ -390,12 +390,18 @@ class _Discovery:
     def _gates_between(self, found: SiteNodes, sites: Iterable[SiteNodes]) -> bool:
         """Whether a gate looks at the site's channels before they are silenced."""
         holding, first = self._holding(found.roots), min(self.order[gain] for gain in found.gains)
-        masked = {at.path for at in found.site.masks if at.side == "input"}
+        hooks = ((node, self.boundaries.input_hook(node)) for node in found.unsafe)
+        masked = {hook[0] for node, hook in hooks if hook is not None and hook[1] in node.all_input_nodes}
         return any(other.gate_input in holding and self.order[other.gate_input] >= first
                    and other.site.gate_at.path not in masked for other in sites)  # fmt: skip
 
     def _silence(self, node: fx.Node, value: fx.Node, roots: np.ndarray) -> tuple[Attach, ...]:
         hook = self.boundaries.input_hook(node)
+        if operators.op_name(value.target) == "relu" and len(value.users) == 1:
+            # Ahead of it: a rectifier keeps what it gives for the backward pass, and the layer what it is given.
+            before: Any = value.args[0]
+            if len(before.users) == 1 and (found := self._attach(before, roots)) is not None:
+                return found
         if hook is not None and hook[1] is value:
             return (Attach(hook[0], "input", *self._layout(value, roots)),)
         places = self._attach(value, roots)

@@ -152,8 +152,8 @@ def test_depthwise_convolution_carries() -> None:
     assert site.channels == 16
     assert paths(site.carriers) == ["depth", "norm"]
     assert units(site, "depth") == units(site, "last") == [c // 2 for c in range(32)]
-    # The bias of the depthwise layer wakes suppressed channels: what reads them must be masked.
-    assert [mask.path for mask in site.masks] == ["last"]
+    # The bias of the depthwise layer wakes suppressed channels: what reads them must be masked, ahead of its rectifier.
+    assert [mask.path for mask in site.masks] == ["norm"]
 
 
 def test_channel_shuffle() -> None:
@@ -350,3 +350,33 @@ def test_of_single_head_attention_the_values_product_shrinks() -> None:
     assert [site.name for site in report] == ["v"]
     (product,) = (layer for layer in report.layers if layer.op == "scaled_dot_product_attention")
     assert product.writes == {"v": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("act", "others", "place"),
+    [
+        (F.relu, False, ("norm", "output")),  # ahead of it: it keeps what it gives for the backward pass
+        (F.relu, True, ("last", "input")),
+        (F.gelu, False, ("last", "input")),
+    ],
+)
+def test_a_mask_is_put_ahead_of_a_rectifier(act: Callable, others: bool, place: tuple[str, str]) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = act(net.norm(torch.cat([x, net.first(x)], 1)))
+        z = net.last(y).mean((2, 3))
+        return z + net.other(y).mean((2, 3)) if others else z
+
+    layers = {"first": conv(3, 8), "norm": nn.BatchNorm2d(11), "last": conv(11, 4), "other": conv(11, 4)}
+    site = sites(forward, **layers)["first"]
+    assert [(at.path, at.side) for at in site.masks] == [place] + [("other", "input")] * others and site.silenced
+
+
+def test_a_gate_behind_a_mask_that_is_ahead_of_a_rectifier_sees_silence() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.second(net.norm(torch.cat([x, net.first(x)], 1)).relu())
+        return net.last(y.relu()).mean((2, 3))
+
+    layers = {"first": conv(3, 8), "norm": nn.BatchNorm2d(11), "second": conv(11, 8), "last": conv(8, 4)}
+    found = sites(forward, **layers)
+    assert [at.path for at in found["first"].masks] == ["norm"] and found["second"].gate_at.path == "second"
+    assert found["first"].silenced
