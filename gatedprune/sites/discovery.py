@@ -383,7 +383,7 @@ class _Discovery:
                 unsafe[node] = None
                 for place in self._silence(node, value, roots):
                     masks[place.path, place.side] = place
-            if inputs and node in holding and self._stays_zero(node, inputs, zero):
+            if inputs and node in holding and operators.stays_zero(node, inputs, zero):
                 zero.add(node)
         return frozenset(unsafe), tuple(masks.values()), silenced and bool(masks)
 
@@ -408,26 +408,6 @@ class _Discovery:
         if places is None:
             raise _Skip("a layer that reads it cannot be reached at the border of a module")
         return places
-
-    def _stays_zero(self, node: fx.Node, inputs: list[fx.Node], zero: set[fx.Node]) -> bool:
-        name, known = operators.op_name(node.target), [a in zero for a in inputs]
-        if name == "mul":
-            return any(known)
-        if name == "scaled_dot_product_attention":
-            return node.args[2] in zero
-        if name in ("matmul", "bmm"):
-            return all(known)
-        if name == "div":
-            return bool(node.args) and node.args[0] in zero
-        if name in ("add", "sub"):
-            return all(known) and all(isinstance(a, fx.Node) and a in inputs for a in node.args[:2])
-        if name in operators.ZERO_AT_ZERO | operators.SPATIAL | operators.MOVEMENT | operators.REDUCTION:
-            return all(known)
-        if name in ("cat", "stack", "getitem", "pad"):
-            return all(known)
-        if name.startswith("conv") or name == "linear":
-            return all(known) and (len(node.args) < 3 or node.args[2] is None)  # carried, without bias
-        return False
 
 
 def _readers(value: fx.Node) -> list[fx.Node]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Any
+
+from torch import fx
 
 __all__ = [
     "BINARY",
@@ -14,6 +17,7 @@ __all__ = [
     "SPATIAL",
     "ZERO_AT_ZERO",
     "op_name",
+    "stays_zero",
 ]
 
 
@@ -66,3 +70,29 @@ REDUCTION = _words("""
 OVER_DIM = _words("""
     softmax _softmax log_softmax _log_softmax cumsum cumprod sort topk normalize
 """)
+
+
+def stays_zero(node: fx.Node, inputs: Sequence[fx.Node], zero: Container[fx.Node]) -> bool:
+    """Whether suppressed channels are zero in what the operator gives.
+
+    Args:
+        inputs: Its arguments that hold the channels. zero: The values in which they are zero.
+    """
+    name, known = op_name(node.target), [a in zero for a in inputs]
+    if name == "mul":
+        return any(known)
+    if name == "scaled_dot_product_attention":
+        return node.args[2] in zero
+    if name in ("matmul", "bmm"):
+        return all(known)
+    if name == "div":
+        return bool(node.args) and node.args[0] in zero
+    if name in ("add", "sub"):
+        return all(known) and all(isinstance(a, fx.Node) and a in inputs for a in node.args[:2])
+    if name in ZERO_AT_ZERO | SPATIAL | MOVEMENT | REDUCTION:
+        return all(known)
+    if name in ("cat", "stack", "getitem", "pad"):
+        return all(known)
+    if name.startswith("conv") or name == "linear":
+        return all(known) and (len(node.args) < 3 or node.args[2] is None)  # carried, without bias
+    return False
