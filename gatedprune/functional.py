@@ -105,27 +105,35 @@ def active_set(g: Tensor, k: int) -> Tensor:
     Returns:
         (B, k), int64.
     """
-    if not 1 <= k <= g.shape[1]:
-        raise ConfigError(f"The number of winners `k` must be in [1, {g.shape[1]}]. Got {k!r}.")
+    _check_count(g, k)
     if k == g.shape[1]:
         return torch.arange(k, device=g.device).expand(g.shape[0], k)
-    # topk breaks ties in no stated order; a stable sort keeps the lower index first.
-    order = torch.sort(g.detach(), dim=1, descending=True, stable=True).indices
-    return order[:, :k].sort(dim=1).values
+    return _ranking(g)[:, :k].sort(dim=1).values
+
+
+def _check_count(g: Tensor, k: int) -> None:
+    if not 1 <= k <= g.shape[1]:
+        raise ConfigError(f"The number of winners `k` must be in [1, {g.shape[1]}]. Got {k!r}.")
+
+
+def _ranking(g: Tensor) -> Tensor:
+    """(B, C): indices from the largest saliency to the least; topk breaks ties in no stated order, this one does."""
+    return torch.sort(g.detach(), dim=1, descending=True, stable=True).indices
 
 
 def winners(g: Tensor, k: int) -> Tensor:
     """(B, C), bool: True at the k largest saliencies of each sample, `active_set` as a mask."""
-    mask = torch.zeros_like(g, dtype=torch.bool)
-    return mask.scatter(1, torch.sort(g.detach(), dim=1, descending=True, stable=True).indices[:, :k], True)
+    _check_count(g, k)
+    if k == g.shape[1]:
+        return torch.ones_like(g, dtype=torch.bool)
+    return torch.zeros_like(g, dtype=torch.bool).scatter(1, _ranking(g)[:, :k], True)
 
 
 def threshold_winners(g: Tensor, threshold: Tensor, k: int) -> Tensor:
     """(B, C), bool: `threshold_set` as a mask."""
-    order = torch.sort(g.detach(), dim=1, descending=True, stable=True).indices
     places = torch.arange(g.shape[1], device=g.device).expand(g.shape)
     at_least = torch.where(threshold.isinf(), k, 1)
-    return (g.detach() > threshold).scatter_reduce(1, order, places < at_least, "amax")
+    return (g.detach() > threshold).scatter_reduce(1, _ranking(g), places < at_least, "amax")
 
 
 def where_true(mask: Tensor) -> Tensor:
@@ -169,11 +177,10 @@ def winners_take_all(g: Tensor, k: int) -> Tensor:
     Returns:
         (B, C).
     """
-    winners = active_set(g, k)
-    return torch.zeros_like(g).scatter(1, winners, g.gather(1, winners))
+    return torch.where(winners(g, k), g, 0)
 
 
-def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels: int, others: float = 0) -> Tensor:
+def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels: int) -> Tensor:
     """Spread per-winner values over the channels of a tensor; foreign channels get 1.
 
     Args:
@@ -182,13 +189,11 @@ def channel_gain(values: Tensor, active: Tensor, units: Tensor | None, channels:
         units: (n,), the site channel that each of the tensor's n channels belongs to; −1: none of this site's.
             None: channel j is site channel j.
         channels: C of the site.
-        others: What suppressed channels get.
 
     Returns:
         (B, n).
     """
-    full = values.new_full((values.shape[0], channels + 1), others)
-    full = full.scatter(1, active, values)
+    full = values.new_zeros(values.shape[0], channels + 1).scatter(1, active, values)
     if units is None:
         return full[:, :channels]
     full[:, channels] = 1  # index −1, that is the last column, is what foreign channels read

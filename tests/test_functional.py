@@ -67,6 +67,8 @@ def test_winners_are_the_active_set_as_a_mask(drawn: tuple[Tensor, int]) -> None
 def test_k_out_of_range(k: int) -> None:
     with pytest.raises(ConfigError, match=r"winners `k` must be in \[1, 4\]. Got"):
         active_set(torch.ones(2, 4), k)
+    with pytest.raises(ConfigError, match=r"winners `k` must be in \[1, 4\]. Got"):
+        winners(torch.ones(2, 4), k)
 
 
 def test_nan_saliencies_still_give_k_winners() -> None:
